@@ -1,0 +1,114 @@
+"""Curves of one run or of several: python plot.py runs/a runs/b ... [--out curves.png]
+
+Reads log.jsonl alone. Runs that differ in nothing but the seed are drawn as their mean with the spread between the
+lowest and the highest. Without --out the picture lies in the first run's folder as curves.png.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+PANELS = {  # key of a log line: (title, unit)
+    "eval_wer": ("held-out WER, greedy", "%"), "reward": ("reward", ""), "wer": ("WER of the samples", "%"),
+    "kl": ("KL to the reference", "nats a token"), "entropy": ("entropy", "nats a token"),
+    "no_signal": ("groups without signal", "%"), "length_ratio": ("length ratio", ""),
+    "grad_norm": ("gradient norm", ""),
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--out", metavar="PNG", help="where to draw (default: curves.png in the first run)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def read_run(folder):
+    """(header, rows) of a run's log.jsonl; SystemExit with one line if there is none."""
+    try:
+        lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return rows[0]["arguments"], rows[1:]
+    except (OSError, json.JSONDecodeError, KeyError, IndexError):
+        sys.exit(f"error: {folder}: no readable log.jsonl of a run in it")
+
+
+def label(arguments, runs):
+    """What tells this run from the others: the arguments that differ, without seed and folders."""
+    names = [k for k in arguments if k not in ("seed", "out", "resume", "device")]
+    differing = [k for k in names if len({json.dumps(a.get(k)) for a, _ in runs}) > 1]
+    return ", ".join(f"{k} {arguments.get(k)}" for k in differing) or "run"
+
+
+def smooth(values, width):
+    """Running mean over `width` steps, shorter at the ends."""
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def draw(folders, out):
+    """Draws every panel that at least one run has a figure for; returns the path."""
+    runs = [read_run(folder) for folder in folders]
+    groups = {}
+    for arguments, rows in runs:
+        groups.setdefault(label(arguments, runs), []).append(rows)
+    panels = [key for key in PANELS if any(row.get(key) is not None for _, rows in runs for row in rows)]
+    if not panels:
+        sys.exit(f"error: {', '.join(map(str, folders))}: no step logged yet")
+    columns = min(4, len(panels))
+    figure, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False, layout="constrained",
+                                figsize=(3.6 * columns, 2.7 * -(-len(panels) // columns)))
+    for axis, key in zip(axes.flat, panels):
+        title, unit = PANELS[key]
+        scale = 100 if unit == "%" else 1
+        for colour, (name, members) in zip(plt.cm.tab10.colors * 9, groups.items()):
+            curves = []
+            for rows in members:
+                at = {row["step"] + (key == "eval_wer"): scale * row[key] for row in rows if row.get(key) is not None}
+                curves.append(at)
+            steps = sorted(set.intersection(*(set(c) for c in curves)))
+            values = np.array([[c[s] for s in steps] for c in curves])              # (runs, steps)
+            if not steps:
+                continue
+            if key != "eval_wer":
+                axis.plot(steps, values.T, color=colour, alpha=0.15, linewidth=0.6)
+                values = np.array([smooth(v, max(1, min(10, len(v)))) for v in values])
+            count = f" ({len(members)} seeds)" if len(members) > 1 else ""
+            axis.plot(steps, values.mean(axis=0), color=colour, linewidth=1.6, label=name + count,
+                      marker="o" if key == "eval_wer" else None, markersize=3)
+            if len(members) > 1:
+                axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_ylabel(unit, fontsize=8)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3, linewidth=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+        if key in ("eval_wer", "kl", "grad_norm", "entropy", "no_signal"):
+            axis.set_ylim(bottom=0)
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    if len(groups) > 1 or len(runs) > 1:
+        axes.flat[0].legend(fontsize=7, frameon=False)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+    return out
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    print(draw(args.runs, args.out or Path(args.runs[0]) / "curves.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,444 @@
+"""Builds the embedded models and data from nothing: sentences, voices, a recogniser, RL pools and test sets.
+
+    python pretrain.py                  all stages below, in order (seeded)
+    python pretrain.py corpus           speak the training corpus, keep its features       build/corpus.pt
+    python pretrain.py asr              the recogniser, the policy of chapter 1            checkpoints/asr
+    python pretrain.py asr2             a second one, independent: smaller, other seed     checkpoints/asr2
+    python pretrain.py sets             RL pools D0-D3 and the test sets, from both        data/
+
+Needs espeak-ng and flite, and a GPU unless you have a day. Running the chapters needs none of this: what it
+makes is in the repository. The recipe is our choice throughout; the model classes are the published ones.
+"""
+import argparse
+import os
+
+STAGES = ["corpus", "asr", "asr2", "sets"]
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="which stages, in order (default: all)")
+    parser.add_argument("--count", type=int, default=32_000, help="utterances in the training corpus (default: 32000)")
+    parser.add_argument("--train-steps", type=int, default=3_000, help="of each recogniser (default: 3000)")
+    parser.add_argument("--batch", type=int, default=128, help="utterances a step (default: 128)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of AdamW (default: 1e-3)")
+    parser.add_argument("--ctc", type=float, default=0.5, help="weight of the CTC loss (default: 0.5)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that speak (default: all cores)")
+    parser.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
+    args = parser.parse_args(argv)
+    if set(args.stages) - set(STAGES):
+        parser.error(f"no such stage: {' '.join(set(args.stages) - set(STAGES))}; one of {', '.join(STAGES)}")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and typing errors answer at once, before torch loads
+
+import json
+import math
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import soundfile as sf
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    FunAsrNanoConfig,
+    FunAsrNanoFeatureExtractor,
+    FunAsrNanoForConditionalGeneration,
+    FunAsrNanoProcessor,
+    GenerationConfig,
+    Qwen2Tokenizer,
+)
+
+import corpus
+from data import pick_device
+
+BUILD, CHECKPOINTS, DATA = Path("build"), Path("checkpoints"), Path("data")
+NOISY_SHARE, TARGET_SNR = 0.2, (5.0, 20.0)  # the target domain: how much of it is in noise, dB
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"]
+# The prompt that Fun-ASR-Nano was trained with, as a template for the same kinds of content.
+CHAT_TEMPLATE = r"""{%- set nl = '\n' -%}
+{%- for message in messages -%}
+{%- if loop.first and message.role != 'system' -%}
+{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}
+{%- endif -%}
+{{ '<|im_start|>' + message.role + nl }}
+{%- if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- set found = namespace(context='', keywords=[], language='') -%}
+{%- for part in message.content -%}
+{%- if part.type == 'text' -%}{%- set found.context = found.context + part.text + nl -%}
+{%- elif part.type == 'keywords' -%}{%- set found.keywords = found.keywords + part.keywords -%}
+{%- elif part.type == 'language' -%}{%- set found.language = '成' + part.language -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if found.context or found.keywords -%}
+{{ '请结合上下文信息，更加准确地完成语音转写任务。如果没有相关信息，我们会留空。\n\n\n' }}
+{{- '**上下文信息：**\n\n\n' + found.context }}
+{%- if found.keywords -%}{{ '热词列表：[' + found.keywords | join(', ') + ']\n' }}{%- endif -%}
+{%- endif -%}
+{{ '语音转写' + found.language + '：<|object_ref_start|>' }}
+{%- endif -%}
+{{ '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
+SIZES = {  # encoder layers, width, FFN; LLM layers, width, FFN
+    "asr": dict(encoder_layers=6, width=256, encoder_ffn=1024, llm_layers=4, llm_ffn=768, seed=1),
+    "asr2": dict(encoder_layers=5, width=192, encoder_ffn=768, llm_layers=3, llm_ffn=576, seed=2),
+}
+
+
+# ---- tokenizer, processor, model ---------------------------------------------------------------------------
+
+def build_processor(texts, vocab_size=640):
+    """Byte-level BPE on `texts` and the prompt's own words, in the classes of the real checkpoint."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    prompt = ["请结合上下文信息，更加准确地完成语音转写任务。", "如果没有相关信息，我们会留空。",
+              "**上下文信息：**", "热词列表：[", "语音转写成英文：", "语音转写：", "\n\n\n",
+              "You are a helpful assistant.", "system\n", "user\n", "assistant\n"]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(list(texts) + prompt * len(texts), trainer)
+    bpe = json.loads(tokenizer.to_str())["model"]
+    vocab = {**bpe["vocab"], **{token: len(bpe["vocab"]) + i for i, token in enumerate(SPECIAL)}}
+    qwen = Qwen2Tokenizer(vocab=vocab, merges=[tuple(m) for m in bpe["merges"]], pad_token=SPECIAL[0],
+                          eos_token=SPECIAL[2], additional_special_tokens=SPECIAL[1:], padding_side="left")
+    return FunAsrNanoProcessor(FunAsrNanoFeatureExtractor(), qwen, chat_template=CHAT_TEMPLATE)
+
+
+def build_recogniser(processor, encoder_layers, width, encoder_ffn, llm_layers, llm_ffn, seed):
+    """A `FunAsrNanoForConditionalGeneration` of the given size, from random weights."""
+    torch.manual_seed(seed)
+    token = processor.tokenizer.convert_tokens_to_ids
+    eos = [token("<|im_end|>"), token("<|endoftext|>")]
+    config = FunAsrNanoConfig(
+        audio_config=dict(model_type="fun_asr_nano_encoder", hidden_size=width, num_attention_heads=4,
+                          intermediate_size=encoder_ffn, num_hidden_layers=encoder_layers,
+                          num_timestamp_prediction_layers=0),
+        adaptor_config=dict(hidden_size=width, num_attention_heads=4, intermediate_size=width // 4,
+                            num_hidden_layers=1, projector_hidden_size=2 * width),
+        text_config=dict(model_type="qwen3", vocab_size=len(processor.tokenizer), hidden_size=width, head_dim=64,
+                         intermediate_size=llm_ffn, num_hidden_layers=llm_layers, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+                         bos_token_id=None, eos_token_id=eos[0], pad_token_id=eos[1]),
+        audio_token_id=token("<|object_ref_start|>"))
+    model = FunAsrNanoForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos[1])
+    return model
+
+
+# ---- the training corpus -----------------------------------------------------------------------------------
+
+def plan_corpus(count, seed):
+    """What will be said: rows (text, spoken text, keywords, voice, snr_db or None, kind of noise, seed).
+
+    Four fifths single sentences, some of them with a short repetition; the rest two to six in one go (5 to 18 s);
+    one in a hundred is noise without words. A quarter of the speech is in noise of 10 to 25 dB.
+    """
+    rng = np.random.default_rng(seed)
+    singles = corpus.unique_sentences(rng, count, set(), held_out=False)
+    short_repeats = [corpus.sentence(rng, "repeat", repeats=(2, 3)) for _ in range(2 * count // 100)]
+    rows = []
+    for i in range(count):
+        kind, said = rng.random(), singles[i]
+        if kind < 0.01:
+            rows.append(("", "", [], None, None, str(rng.choice(["white", "pink", "hum", "silence"])), seed + i))
+            continue
+        spoken = said[0]
+        if kind < 0.03:
+            said = short_repeats[int(rng.integers(len(short_repeats)))]
+            spoken = said[0]
+        elif kind < 0.20:
+            chosen = [singles[j] for j in rng.integers(count, size=rng.integers(2, 7))]
+            spoken, keywords = corpus.paragraph(chosen)
+            said = (spoken.replace(".", ""), keywords)
+        voice = corpus.SOURCE_VOICES[int(rng.integers(len(corpus.SOURCE_VOICES)))]
+        snr = float(rng.uniform(10, 25)) if rng.random() < 0.25 else None
+        rows.append((said[0], spoken, said[1], voice, snr, str(rng.choice(["white", "pink", "hum"])), seed + i))
+    return rows
+
+
+def record(row):
+    """The waveform of one planned row: float32 (samples,) at 16 kHz."""
+    _, spoken, _, voice, snr, kind, seed = row
+    rng = np.random.default_rng([seed, 7])
+    if not spoken:
+        level = 1.0 if kind == "silence" else rng.uniform(0.02, 0.2)
+        return level * corpus.noise(rng, int(rng.uniform(1, 5) * corpus.SAMPLE_RATE), kind)
+    wave = corpus.speak(spoken, voice, rng)
+    return wave if snr is None else corpus.add_noise(wave, snr, rng, kind)
+
+
+def features_of(row):
+    """The processor's own features of a planned row: float16 (frames of 60 ms, 560)."""
+    torch.set_num_threads(1)
+    extractor = FunAsrNanoFeatureExtractor()
+    return extractor(record(row), sampling_rate=corpus.SAMPLE_RATE).input_features[0].to(torch.float16).numpy()
+
+
+def speak_corpus(args):
+    rows = plan_corpus(args.count, args.seed)
+    started = time.time()
+    with ProcessPoolExecutor(args.workers) as pool:
+        found = list(tqdm(pool.map(features_of, rows, chunksize=32), total=len(rows), desc="speak", mininterval=5))
+    BUILD.mkdir(exist_ok=True)
+    torch.save({"features": torch.from_numpy(np.concatenate(found)), "frames": torch.tensor([len(f) for f in found]),
+                "text": [r[0] for r in rows], "keywords": [r[2] for r in rows]}, BUILD / "corpus.pt")
+    hours = sum(len(f) for f in found) * 0.06 / 3600
+    print(f"corpus: {len(rows)} utterances, {hours:.1f} h, {time.time() - started:.0f} s")
+
+
+# ---- supervised training -----------------------------------------------------------------------------------
+
+def tokenized(processor, texts, keywords, seed):
+    """Prompt pieces and targets as lists of ids: [(before audio, after audio, target)] in two forms, without and
+    with keywords in the prompt. The keyword list holds the sentence's own and as many that are not said."""
+    rng = np.random.default_rng([seed, 1])
+    everyone = np.array(corpus.NAMES + corpus.PLACES)
+    forms = []
+    for with_keywords in (False, True):
+        conversations = []
+        for own in keywords:
+            content = [{"type": "audio"}, {"type": "language", "language": "英文"}]
+            if with_keywords:
+                listed = list(own) + list(rng.choice(everyone, size=rng.integers(1, 5), replace=False))
+                rng.shuffle(listed)
+                content.insert(1, {"type": "keywords", "keywords": [str(k) for k in dict.fromkeys(listed)]})
+            conversations.append([{"role": "user", "content": content}])
+        prompts = processor.tokenizer.apply_chat_template(
+            conversations, chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True)
+        halves = [p.split("<|object_ref_start|>") for p in prompts]
+        encode = lambda strings: processor.tokenizer(strings, add_special_tokens=False).input_ids  # noqa: E731
+        forms.append(list(zip(encode([h[0] for h in halves]), encode([h[1] for h in halves]),
+                              encode([t + "<|im_end|>" for t in texts]))))
+    return forms
+
+
+def collate(rows, frames, audio_id, pad_id):
+    """Rows (before, after, target) with their audio lengths -> ids, mask, labels, all (N, L), padded on the right."""
+    sequences = [before + [audio_id] * int(n) + after + target for (before, after, target), n in zip(rows, frames)]
+    length = max(map(len, sequences))
+    ids = np.full((len(rows), length), pad_id)
+    labels = np.full((len(rows), length), -100)
+    mask = np.zeros((len(rows), length), dtype=np.int64)
+    for i, (sequence, row) in enumerate(zip(sequences, rows)):
+        ids[i, :len(sequence)] = sequence
+        mask[i, :len(sequence)] = 1
+        labels[i, len(sequence) - len(row[2]):len(sequence)] = row[2]
+    return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels)
+
+
+def train_recogniser(args, name):
+    """Supervised training of one recogniser on build/corpus.pt, saved under checkpoints/NAME in bf16."""
+    data = torch.load(BUILD / "corpus.pt", weights_only=True)
+    texts, keywords, frames = data["text"], data["keywords"], data["frames"]
+    processor = build_processor(texts)
+    model = build_recogniser(processor, **SIZES[name])
+    size = SIZES[name]["seed"]
+    device = pick_device(args.device)
+    cuda = device.type == "cuda"
+    model.to(device).train()
+    features = data["features"].to(device)                                   # (all frames, 560)
+    offsets = torch.cumsum(frames, 0) - frames
+    forms = tokenized(processor, texts, keywords, size)
+    rng, generator = np.random.default_rng(size), torch.Generator(device).manual_seed(size)
+    held = 256                                                           # the last rows are for checking only
+    usable = len(texts) - held
+    # A CTC head on the audio embeddings, for training alone, as the encoder of the real family had. Without it the LLM
+    # learned the grammar (0.8 nats a token) and hardly listened within 2,400 steps.
+    ctc_head = torch.nn.Linear(model.config.text_config.hidden_size, len(processor.tokenizer) + 1).to(device)
+    weights = [*model.parameters(), *ctc_head.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=cuda)
+    warm = max(1, args.train_steps // 15)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / warm) * 0.5 * (
+        1 + math.cos(math.pi * min(1, s / args.train_steps))) + 1e-3)
+    audio_id, pad_id = model.config.audio_token_id, processor.tokenizer.pad_token_id
+
+    def gather(index, augment):
+        n = frames[index]
+        span = torch.arange(int(n.max()))
+        mask = span < n[:, None]                                              # (N, frames)
+        at = (offsets[index, None] + span).where(mask, torch.zeros(()).long()).to(device)
+        mask = mask.to(device)
+        x = features[at].float()                                              # (N, frames, 560)
+        if augment:                                                        # SpecAugment: 2 spans, 2 mel bands
+            r = torch.rand((6, len(index), 1), generator=generator, device=device)
+            t = torch.arange(x.shape[1], device=device)
+            band = torch.arange(x.shape[2], device=device) % 80
+            for i in (0, 1):
+                start = r[i] * n.to(device)[:, None]
+                x = x.masked_fill(((t >= start) & (t < start + 5 * r[4]))[..., None], -6.0)
+                low = r[2 + i] * 80
+                x = x.masked_fill(((band >= low) & (band < low + 14 * r[5]))[:, None], -6.0)
+            x = x + 1.5 * (torch.rand((len(index), 1, 1), generator=generator, device=device) - 0.5)  # loudness
+        return x * mask[..., None], mask.long()
+
+    def batches():
+        while True:
+            order = rng.permutation(usable)
+            for start in range(0, usable - args.batch + 1, args.batch * 16):
+                chunk = order[start:start + args.batch * 16]
+                chunk = chunk[np.argsort(frames[chunk].numpy(), kind="stable")]
+                parts = [chunk[i:i + args.batch] for i in range(0, len(chunk), args.batch)]
+                yield from (parts[i] for i in rng.permutation(len(parts)))
+
+    def loss_on(index, with_keywords, augment):
+        rows = [forms[int(k)][i] for i, k in zip(index, with_keywords)]
+        ids, mask, labels = (t.to(device) for t in collate(rows, frames[index], audio_id, pad_id))
+        x, x_mask = gather(torch.as_tensor(index), augment)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            out = model(input_ids=ids, attention_mask=mask, input_features=x, input_features_mask=x_mask, labels=labels)
+            heard = ctc_head(out.audio_hidden_states)                               # (valid frames, V + 1)
+        padded = heard.new_zeros((*x_mask.shape, heard.shape[-1])).float()
+        padded[x_mask.bool()] = torch.log_softmax(heard.float(), dim=-1)
+        targets = [torch.tensor(row[2][:-1], dtype=torch.long) for row in rows]
+        ctc = torch.nn.functional.ctc_loss(
+            padded.transpose(0, 1), torch.cat(targets).to(device), frames[index], torch.tensor(list(map(len, targets))),
+            blank=heard.shape[-1] - 1, zero_infinity=True)
+        return out.loss, ctc
+
+    started, stream, curve = time.time(), batches(), []
+    for step in range(args.train_steps):
+        index = next(stream)
+        loss, ctc = loss_on(index, rng.random(len(index)) < 0.3, augment=True)
+        optimizer.zero_grad(set_to_none=True)
+        (loss + args.ctc * ctc).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 200 == 0 or step == args.train_steps - 1:
+            model.eval()
+            with torch.inference_mode():
+                check = [float(loss_on(np.arange(usable, len(texts)), np.full(held, k), False)[0]) for k in (0, 1)]
+            model.train()
+            curve.append((step, float(loss.detach())))
+            print(f"{name} step {step} loss {curve[-1][1]:.4f} unseen {check[0]:.4f} with keywords {check[1]:.4f} "
+                  f"ctc {float(ctc.detach()):.3f} {time.time() - started:.0f} s", flush=True)
+    model.eval().to(torch.bfloat16).cpu()
+    folder = CHECKPOINTS / name
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+          f"{time.time() - started:.0f} s, saved in {folder}")
+
+
+# ---- RL pools and test sets --------------------------------------------------------------------------------
+
+def plan_sets(seed):
+    """What the sets will say: {set: rows as in plan_corpus}; no sentence stands in two of them, or in training."""
+    rng = np.random.default_rng([seed, 3])
+    taken, plan = set(), {}
+
+    def domain(texts, source=False):
+        rows = []
+        for spoken, keywords in texts:
+            voices = corpus.SOURCE_VOICES if source else corpus.HELD_OUT
+            noisy = not source and rng.random() < NOISY_SHARE
+            kinds = ["pink", "rumble", "brown", "tones", "clicks"]
+            rows.append((spoken.replace(".", ""), spoken, keywords, voices[int(rng.integers(len(voices)))],
+                         float(rng.uniform(*TARGET_SNR)) if noisy else None, str(rng.choice(kinds)),
+                         int(rng.integers(1 << 40))))
+        return rows
+
+    def texts(count, kind="any", length=(1, 1)):
+        sizes = rng.integers(length[0], length[1] + 1, size=count)
+        return [corpus.paragraph(corpus.unique_sentences(rng, int(n), taken, kind)) for n in sizes]
+
+    def wordless(count, kinds):
+        return [("", "", [], None, None, str(rng.choice(kinds)), int(rng.integers(1 << 40))) for _ in range(count)]
+
+    every = ["white", "pink", "brown", "hum", "rumble", "tones", "clicks", "silence"]
+    plan["test/short"] = domain(texts(200))
+    plan["test/long"] = domain(texts(50, length=(6, 8)))
+    plan["test/keywords"] = domain(texts(150, "keywords"))
+    plan["test/noise"] = wordless(64, every)
+    plan["test/source"] = domain(texts(200), source=True)
+    plan["d0"] = domain(texts(380)) + wordless(20, every)
+    plan["d1"] = domain(texts(1600)) + domain(texts(60, "repeat"))  # candidates: 400 are kept
+    plan["d2_short"] = domain(texts(600))                              # candidates: the 200 shortest are kept
+    plan["d2_long"] = domain(texts(200, length=(2, 4)))
+    plan["d3"] = domain(texts(400, "keywords"))
+    return plan
+
+
+def transcribe(folder, waves, batch=32):
+    """Greedy transcripts of `waves` (16 kHz) by the recogniser saved in `folder`."""
+    processor = FunAsrNanoProcessor.from_pretrained(folder)
+    model = FunAsrNanoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
+    found = [""] * len(waves)
+    for start in tqdm(range(0, len(order), batch), desc=f"transcribe ({Path(folder).name})", mininterval=5):
+        part = order[start:start + batch]
+        inputs = processor.apply_transcription_request(
+            [waves[i] for i in part], language="en", processor_kwargs={"padding": True})
+        with torch.inference_mode():
+            out = model.generate(**inputs, do_sample=False, max_new_tokens=200)
+        texts = processor.batch_decode(out[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+        for i, text in zip(part, texts):
+            found[i] = text.strip()
+    return found
+
+
+def build_sets(args):
+    """Speaks, selects and writes every RL pool and test set to data/."""
+    plan = plan_sets(args.seed)
+    started = time.time()
+    for name, rows in plan.items():
+        with ProcessPoolExecutor(args.workers) as pool:
+            waves = list(tqdm(pool.map(record, rows, chunksize=16), total=len(rows), desc=name, mininterval=5))
+        keep = [i for i, wave in enumerate(waves) if len(wave) < 30 * corpus.SAMPLE_RATE]
+        if name == "d1":    # hard cases [FA]: the policy is wrong and a second recogniser says something else
+            first, second = (transcribe(CHECKPOINTS / r, waves) for r in ("asr", "asr2"))
+            errors = [jiwer.wer(row[0], a) * (a != b) for row, a, b in zip(rows, first, second)]
+            hard = [i for i in keep if not repeats_itself(rows[i][0]) and errors[i] > 0.1]
+            repeats = [i for i in keep if repeats_itself(rows[i][0])]
+            keep = sorted(hard[:340] + repeats)
+            print(f"d1: {len(hard)} of {len(rows)} are hard cases; kept {len(keep)} with {len(repeats)} repetitions")
+        if name == "d2_short":
+            keep = sorted(sorted(keep, key=lambda i: len(waves[i]))[:200])
+        write_set(DATA / name, [rows[i] for i in keep], [waves[i] for i in keep])
+    size = sum(f.stat().st_size for f in DATA.rglob("*.ogg")) / 2 ** 20
+    print(f"sets: {size:.1f} MiB of audio, {time.time() - started:.0f} s")
+
+
+def repeats_itself(text):
+    """Whether a word stands three times in a row, or a pair of words."""
+    words = text.split()
+    return any(words[i] == words[i + 1] == words[i + 2] for i in range(len(words) - 2)) or any(
+        words[i:i + 2] == words[i + 2:i + 4] for i in range(len(words) - 3))
+
+
+def write_set(folder, rows, waves):
+    """One folder in AudioFolder form: audio/NNNN.ogg (Opus) and metadata.jsonl."""
+    (folder / "audio").mkdir(parents=True, exist_ok=True)
+    for old in (folder / "audio").glob("*.ogg"):
+        old.unlink()
+    with open(folder / "metadata.jsonl", "w") as out:
+        for i, ((text, _, keywords, voice, snr, kind, _), wave) in enumerate(zip(rows, waves)):
+            name = f"audio/{i:04d}.ogg"
+            sf.write(folder / name, wave, corpus.SAMPLE_RATE, format="OGG", subtype="OPUS", compression_level=0.93)
+            out.write(json.dumps({"file_name": name, "text": text, "keywords": keywords,
+                                  "voice": voice[1] if voice else kind,
+                                  "snr_db": None if snr is None else round(snr, 1)}) + "\n")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    for stage in args.stages or STAGES:
+        if stage in SIZES:
+            train_recogniser(args, stage)
+        else:
+            {"corpus": speak_corpus, "sets": build_sets}[stage](args)
+
+
+if __name__ == "__main__":
+    main()

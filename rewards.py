@@ -1,0 +1,219 @@
+"""Rewards and metrics: everything that judges a transcript, as pure functions of text.
+
+    asr_accuracy        R1   1 - WER, in [0, 1]                                              [paper]
+    hallucination       R2   -1 when the transcript holds what was not said                  [paper; the rules are ours]
+    keyword_score       R3   mean of keyword precision and recall                            [paper]
+    asr_reward               one record with every part and the total
+    asr_metrics              the same quantities over a test set: WER, errors by kind, F1, hallucination rate
+Marks: [paper] arXiv 2509.18569, [FA] its sister report arXiv 2509.12508, [choice] ours. One normaliser serves the
+reward and the evaluation, so that what is trained is what is measured.
+"""
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+
+import jiwer
+
+# Languages written without spaces between words: their unit of error is the character.
+NO_SPACES = {"zh", "yue", "ja", "th", "lo", "km", "my", "chinese", "cantonese", "japanese", "thai"}
+
+
+# ---- text --------------------------------------------------------------------------------------------------
+
+def by_character(language):
+    """Whether errors in `language` ("en", "zh-CN", "Japanese", ...) are counted by character."""
+    return language.lower().replace("_", "-").split("-")[0] in NO_SPACES
+
+
+def normalize_text(text, language="en"):
+    """The tokens that WER counts, joined by single spaces [choice].
+
+    Full-width forms become plain ones (NFKC), case and punctuation go, apostrophes inside words too ("don't" ->
+    "dont"), a number keeps its decimal point. In languages without spaces every character is a token, except that
+    Latin words and numbers stay whole ("我用 iPhone" -> "我 用 iphone").
+    """
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = re.sub(r"(?<=\w)['’ʼ`](?=\w)", "", text)
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
+    kept = []
+    for i, c in enumerate(text):
+        point = c == "." and text[i - 1:i].isdigit() and text[i + 1:i + 2].isdigit()
+        kept.append(c if point or unicodedata.category(c)[0] in "LNM" else " ")
+    text = "".join(kept)
+    if by_character(language):
+        text = re.sub(r"([^\s\u0000-\u024f][\u0e31\u0e34-\u0e4e\u3099\u309a]*)", r" \1 ", text)
+    return " ".join(text.split())
+
+
+def edit_counts(reference, hypothesis, language="en"):
+    """(substitutions, deletions, insertions, reference length) in tokens; defined for empty text."""
+    reference, hypothesis = normalize_text(reference, language), normalize_text(hypothesis, language)
+    if not reference or not hypothesis:
+        return 0, len(reference.split()), len(hypothesis.split()), len(reference.split())
+    out = jiwer.process_words(reference, hypothesis)
+    return out.substitutions, out.deletions, out.insertions, len(reference.split())
+
+
+# ---- R1 ----------------------------------------------------------------------------------------------------
+
+def asr_accuracy(reference, hypothesis, language="en"):
+    """R1 [paper]: 1 - WER, clipped to [0, 1]; CER in languages without spaces.
+
+    An empty reference (nothing was said) gives 1 for an empty hypothesis and 0 for any text [choice].
+    """
+    substitutions, deletions, insertions, length = edit_counts(reference, hypothesis, language)
+    if length == 0:
+        return float(insertions == 0)
+    return max(0.0, 1.0 - (substitutions + deletions + insertions) / length)
+
+
+# ---- R2 ----------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Hallucination:
+    """What was found: `kind` ("" when nothing), and which tokens of the normalised hypothesis, [start, end)."""
+
+    kind: str = ""
+    start: int = 0
+    end: int = 0
+    length: int = 0  # tokens of the whole hypothesis
+
+    @property
+    def found(self):
+        return bool(self.kind)
+
+    def reward(self, proportional=False):
+        """-1 when found [paper], or minus the hallucinated share of the hypothesis, at least -1 [FA]; else 0."""
+        if not self.found:
+            return 0.0
+        return -(self.end - self.start) / self.length if proportional else -1.0
+
+
+def hallucination(reference, hypothesis, language="en"):
+    """R2: text that was not said. The paper names the kinds, the rules and thresholds are ours [choice].
+
+    The first that applies, on normalised tokens:
+    - "silence"     the reference is empty and the hypothesis is not
+    - "language"    over 30 % of the letters are of a script that the reference does not use (translated, or another
+                    language; a language of the same script passes this rule)
+    - "repetition"  one to eight tokens said three times or more in a row, and at least twice more than the
+                    reference says them; or one to four letters six times in a row inside a word
+    - "beyond"      four tokens or more in a row (eight characters) for which the alignment finds nothing said
+    """
+    reference, hypothesis = normalize_text(reference, language), normalize_text(hypothesis, language)
+    said, heard = reference.split(), hypothesis.split()
+    if not heard:
+        return Hallucination()
+    if not said:
+        return Hallucination("silence", 0, len(heard), len(heard))
+    foreign = [bool(scripts(token) - scripts(reference)) for token in heard]
+    letters = [sum(map(str.isalpha, token)) for token in heard]
+    if sum(n for n, f in zip(letters, foreign) if f) > 0.3 * sum(letters):
+        return Hallucination("language", foreign.index(True), len(heard) - foreign[::-1].index(True), len(heard))
+    for found in re.finditer(r"(?<!\S)(\S+(?: \S+){0,7}?)(?: \1(?!\S))+", hypothesis):
+        unit, times = found[1], (len(found[0]) + 1) // (len(found[1]) + 1)
+        if times >= 3 and times >= longest_run(unit, reference) + 2:
+            start, width = len(hypothesis[:found.start()].split()), len(unit.split())
+            surplus = times - max(1, longest_run(unit, reference))
+            end = start + times * width
+            return Hallucination("repetition", end - surplus * width, end, len(heard))
+    for i, token in enumerate(heard):
+        stutter = re.search(r"(\D{1,4}?)\1{5,}", token)
+        if stutter and stutter[0] not in reference:
+            return Hallucination("repetition", i, i + 1, len(heard))
+    limit = 8 if by_character(language) else 4
+    for chunk in jiwer.process_words(reference, hypothesis).alignments[0]:
+        if chunk.type == "insert" and chunk.hyp_end_idx - chunk.hyp_start_idx >= limit:
+            return Hallucination("beyond", chunk.hyp_start_idx, chunk.hyp_end_idx, len(heard))
+    return Hallucination()
+
+
+def longest_run(unit, text):
+    """How many times in a row `unit` stands in `text`, at most; both are normalised tokens joined by spaces."""
+    runs = re.finditer(rf"(?<!\S){re.escape(unit)}(?: {re.escape(unit)})*(?!\S)", text)
+    return max(((len(run[0]) + 1) // (len(unit) + 1) for run in runs), default=0)
+
+
+def scripts(text):
+    """The scripts of the letters of `text`: {"LATIN", "CJK", ...}. Japanese counts as one script with Chinese."""
+    names = {unicodedata.name(c, "UNKNOWN").split()[0] for c in text if c.isalpha()}
+    return {"CJK" if name in ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA") else name for name in names}
+
+
+# ---- R3 ----------------------------------------------------------------------------------------------------
+
+def keyword_counts(reference, hypothesis, keywords, language="en"):
+    """(hits, claimed, expected): keywords found in both, in the hypothesis, in the reference; with multiplicity."""
+    keywords = {normalize_text(k, language) for k in keywords} - {""}
+    widths = {len(k.split()) for k in keywords}
+
+    def count(text):
+        tokens = normalize_text(text, language).split()
+        grams = (" ".join(tokens[i:i + n]) for n in widths for i in range(len(tokens) - n + 1))
+        return Counter(g for g in grams if g in keywords)
+
+    expected, claimed = count(reference), count(hypothesis)
+    return (expected & claimed).total(), claimed.total(), expected.total()
+
+
+def keyword_score(reference, hypothesis, keywords, language="en"):
+    """R3 [paper]: mean of keyword precision and recall, in [0, 1].
+
+    `keywords` is the list to watch for: the utterance's own, or a whole domain's (then a name put in the place of
+    another costs precision). 1 when neither text holds one, 0 when only one of them does [choice].
+    """
+    hits, claimed, expected = keyword_counts(reference, hypothesis, keywords, language)
+    if not claimed or not expected:
+        return float(claimed == expected)
+    return (hits / claimed + hits / expected) / 2
+
+
+# ---- the mix -----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class AsrReward:
+    """Every part of one transcript's reward, whether it counts or not, and the total that does."""
+
+    accuracy: float               # R1, in [0, 1]
+    hallucination: Hallucination  # R2, its reward in [-1, 0]
+    keywords: float               # R3, in [0, 1]
+    total: float
+
+
+def asr_reward(reference, hypothesis, keywords=(), language="en", rewards=("R1",), proportional=False):
+    """The reward of one transcript: the plain sum of the parts named in `rewards` (of "R1", "R2", "R3").
+
+    A transcript in the wrong language gets -1 in all when R2 counts [FA]. Raises ValueError for an unknown part.
+    """
+    unknown = set(rewards) - {"R1", "R2", "R3"}
+    if unknown or not rewards:
+        raise ValueError(f"rewards must be some of R1, R2, R3, not {sorted(rewards)}")
+    accuracy = asr_accuracy(reference, hypothesis, language)
+    invented = hallucination(reference, hypothesis, language)
+    score = keyword_score(reference, hypothesis, keywords, language)
+    total = accuracy * ("R1" in rewards) + invented.reward(proportional) * ("R2" in rewards) + score * ("R3" in rewards)
+    if "R2" in rewards and invented.kind == "language":
+        total = -1.0
+    return AsrReward(accuracy, invented, score, total)
+
+
+def asr_metrics(references, hypotheses, keywords=(), language="en"):
+    """Corpus-level figures of one test set, as a dict of floats.
+
+    `wer`, `insertions`, `deletions`, `substitutions`: per reference token (None when nothing was said at all);
+    `keyword_f1`: over all keywords of the set (None without any); `hallucination_rate`: share of utterances with
+    one; `length_ratio`: tokens of the hypotheses over tokens of the references (None likewise).
+    """
+    counts = [edit_counts(r, h, language) for r, h in zip(references, hypotheses, strict=True)]
+    sub, dele, ins, length = (sum(column) for column in zip(*counts))
+    spoken = [keyword_counts(r, h, keywords, language) for r, h in zip(references, hypotheses)]
+    hits, claimed, expected = (sum(column) for column in zip(*spoken))
+    invented = [hallucination(r, h, language).found for r, h in zip(references, hypotheses)]
+    per_token = lambda n: n / length if length else None  # noqa: E731
+    return {
+        "wer": per_token(sub + dele + ins), "insertions": per_token(ins), "deletions": per_token(dele),
+        "substitutions": per_token(sub), "keyword_f1": 2 * hits / (claimed + expected) if expected else None,
+        "hallucination_rate": sum(invented) / len(invented), "length_ratio": per_token(length - dele + ins),
+        "utterances": len(references),
+    }

@@ -1,0 +1,187 @@
+"""The script itself on the embedded recogniser: a short run, 8-bit, resume, interruption, mistakes of a user."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo_asr
+import plot
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--device", "cpu", "--batch", "2", "--group", "2", "--data", "data/d0", "--eval-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def tests_folder(tmp_path_factory):
+    """Two small test sets: eight utterances of `short`, four of `noise`."""
+    root = tmp_path_factory.mktemp("sets")
+    for name, count in (("short", 8), ("noise", 4)):
+        (root / name).mkdir()
+        source = ROOT / "data" / "test" / name
+        lines = [json.loads(line) for line in (source / "metadata.jsonl").read_text().splitlines()[:count]]
+        rows = [json.dumps({**row, "file_name": str((source / row["file_name"]).resolve())}) for row in lines]
+        (root / name / "metadata.jsonl").write_text("\n".join(rows))
+    return [str(root / "short"), str(root / "noise")]
+
+
+def run(tests_folder, out, *flags):
+    grpo_asr.main([*FAST, "--test", *tests_folder, "--out", str(out), *flags])
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def script(*flags, **options):
+    return subprocess.run([sys.executable, "grpo_asr.py", *flags], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tests_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    return out, run(tests_folder, out, "--steps", "4", "--rewards", "R1,R2,R3")
+
+
+def test_a_run_leaves_everything_behind(unbroken, capsys):
+    out, lines = unbroken
+    header, rows = lines[0], [line for line in lines[1:] if "reward" in line]
+    assert header["arguments"]["steps"] == 4 and header["seed"] == 1
+    assert header["versions"]["torch"] == torch.__version__
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for key in ("reward", "reward_std", "R1", "R2", "R3", "no_signal", "truncated", "tokens", "kl", "entropy",
+                "clipped", "grad_norm", "lr", "tokens_per_s", "seconds", "peak_memory_gib", "repetition",
+                "length_ratio", "empty"):
+        assert all(key in row for row in rows), key
+    assert set(rows[1]["seconds"]) >= {"encode", "rollout", "reward", "update"}
+    assert rows[0]["kl"] == 0 and rows[3]["kl"] > 0                            # it moved
+    assert all(row["clipped"] == 0 and row["grad_norm"] > 0 for row in rows)   # and stayed on its own policy
+    summary = json.loads((out / "summary.json").read_text())
+    for key in ("metric", "before", "after", "best", "steps", "seconds", "phase_seconds", "peak_memory_gib", "test"):
+        assert key in summary, key
+    assert set(summary["test"]) == {"short", "noise"} and summary["best"] <= summary["before"]
+    assert summary["after"] == summary["best"]                                 # the best adapter is what is kept
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert samples[0]["best"]["total"] >= samples[0]["worst"]["total"] and samples[0]["reference"]
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_pitfall_23_the_log_holds_what_was_used(tests_folder, tmp_path):
+    lines = run(tests_folder, tmp_path / "run", "--steps", "1", "--lr", "1e-3", "--temperature", "0.7")
+    assert lines[0]["arguments"]["temperature"] == 0.7 and lines[1]["lr"] == 1e-3
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["lr"] == 1e-3
+
+
+def test_resume_equals_the_unbroken_run_bit_for_bit(tests_folder, unbroken, tmp_path):
+    out = tmp_path / "run"
+    run(tests_folder, out, "--steps", "2", "--rewards", "R1,R2,R3")
+    grpo_asr.main(["--resume", str(out), "--steps", "4"])
+    for folder in ("adapter", "last"):
+        a, b = ((f / folder / "adapter_model.safetensors").read_bytes() for f in (unbroken[0], out))
+        assert a == b
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    timing = ("seconds", "tokens_per_s", "peak_memory_gib")
+    same = lambda rows: [{k: v for k, v in r.items() if k not in timing} for r in rows[1:] if "reward" in r]  # noqa: E731
+    assert same(lines) == same(unbroken[1])
+    a, b = (json.loads((f / "summary.json").read_text())["test"] for f in (unbroken[0], out))
+    assert a == b
+
+
+def test_the_seed_decides_everything(tests_folder, tmp_path, unbroken):
+    again = run(tests_folder, tmp_path / "again", "--steps", "2", "--rewards", "R1,R2,R3")
+    other = run(tests_folder, tmp_path / "other", "--steps", "2", "--rewards", "R1,R2,R3", "--seed", "2")
+    assert again[1]["reward"] == unbroken[1][1]["reward"] and again[1]["tokens"] == unbroken[1][1]["tokens"]
+    assert (other[1]["reward"], other[1]["tokens"]) != (again[1]["reward"], again[1]["tokens"])
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_quantised_policies_train(tests_folder, tmp_path, quantize, capsys):
+    lines = run(tests_folder, tmp_path / "run", "--steps", "3", "--quantize", quantize)
+    rows = [line for line in lines if "reward" in line]
+    assert len(rows) == 3 and rows[2]["kl"] > 0 and rows[0]["clipped"] == 0
+    assert "check: |ratio - 1|" in capsys.readouterr().out
+
+
+def test_pitfall_14_no_checkpointing_in_the_rollout(recogniser):
+    assert not recogniser[2].is_gradient_checkpointing and recogniser[2].config.text_config.use_cache
+
+
+def test_pitfall_1_a_model_that_does_not_hear_is_refused(recogniser, clips, monkeypatch):
+    args, processor, policy = recogniser
+    deaf = policy.get_base_model()
+    real = deaf.get_audio_features
+    def silent(*given, **named):
+        out = real(*given, **named)
+        out.pooler_output = torch.zeros_like(out.pooler_output)
+        return out
+    monkeypatch.setattr(deaf, "get_audio_features", silent)
+    args.resume = "yes"                                        # the adapters of this fixture are not zero
+    try:
+        with pytest.raises(grpo_asr.DataError, match="check failed"):
+            grpo_asr.self_check(policy, processor, clips[:2], args, torch.device("cpu"))
+    finally:
+        args.resume = None
+
+
+def test_interruption_saves_and_says_how_to_go_on(tests_folder, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "grpo_asr.py", *FAST, "--test", *tests_folder, "--out", str(out),
+                                "--steps", "5000", "--eval-every", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    log = out / "log.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    said, _ = process.communicate()
+    assert process.returncode == 0 and f"--resume {out}" in said, said
+    steps = json.loads((out / "summary.json").read_text())["steps"]
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == steps >= 1
+
+
+@pytest.mark.parametrize("name", ["grpo_asr.py", "plot.py", "pretrain.py"])
+def test_help_answers_without_torch(name):
+    code = f"import sys, runpy; sys.argv = ['{name}', '--help']; sys.modules['torch'] = None\n" \
+           f"runpy.run_path('{name}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "nowhere"], "nowhere: no such folder"),
+    (["--model", "nowhere"], "--model nowhere: no such folder"),
+    (["--device", "cuda:9"], "--device cuda:9"),
+    (["--batch", "100000"], "fewer than --batch"),
+])
+def test_a_users_mistake_gets_one_line(flags, message):
+    done = script("--steps", "1", *flags)
+    assert done.returncode == 1 and message in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--rewards", "R9"], "R1,R2,R3"), (["--micro", "5"], "--micro"), (["--group", "1"], "--group must be 2"),
+    (["--temperature", "0"], "--temperature"), (["--resume", "nowhere"], "no run there"),
+    (["--steps", "many"], "--steps"),
+])
+def test_a_wrong_flag_answers_at_once(flags, message):
+    done = script(*flags)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_pitfall_24_modules_do_nothing_at_import():
+    done = subprocess.run([sys.executable, "-c", "import sys; sys.argv = ['x', '--no-such-flag']\n"
+                           "import data, rewards, report, corpus, plot, pretrain, grpo_asr"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+
+
+def test_plot_of_one_run_and_of_several(unbroken, tmp_path, capsys):
+    out, _ = unbroken
+    plot.main([str(out)])
+    assert (out / "curves.png").stat().st_size > 10_000
+    plot.main([str(out), str(out), "--out", str(tmp_path / "both.png")])
+    assert (tmp_path / "both.png").exists()
+    with pytest.raises(SystemExit, match="no readable log.jsonl"):
+        plot.main([str(tmp_path)])
