@@ -333,6 +333,19 @@ def load_pretrained(auto_class, name, **options):
         raise DataError(f"--model {name}: cannot be loaded ({reason})") from None
 
 
+def mend_attention(model):
+    """Gives every part of `model` the attention of the whole, and returns the model.
+
+    transformers 5.23 leaves it unset for the adaptor of Fun-ASR-Nano, whose attention then adds the padding mask as
+    a number instead of applying it: a clip's transcript depended on the clips beside it in the batch.
+    """
+    for name in model.config.sub_configs:
+        part = getattr(model.config, name)
+        if part is not None and part._attn_implementation is None:
+            part._attn_implementation = model.config._attn_implementation
+    return model
+
+
 def quiet():
     """Silences what the libraries say once per layer and call; errors still come through."""
     transformers.utils.logging.set_verbosity_error()

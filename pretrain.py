@@ -10,6 +10,7 @@ Needs espeak-ng and flite, and a GPU unless you have a day. Running the chapters
 makes is in the repository. The recipe is our choice throughout; the model classes are the published ones.
 """
 import argparse
+import logging
 import os
 
 STAGES = ["corpus", "asr", "asr2", "sets"]
@@ -34,6 +35,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     parse_args()  # --help and typing errors answer at once, before torch loads
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel, aloud
 
 import json
 import math
@@ -57,7 +59,7 @@ from transformers import (
 )
 
 import corpus
-from data import pick_device
+from data import mend_attention, pick_device
 
 BUILD, CHECKPOINTS, DATA = Path("build"), Path("checkpoints"), Path("data")
 NOISY_SHARE, TARGET_SNR = 0.2, (5.0, 20.0)  # the target domain: how much of it is in noise, dB
@@ -131,7 +133,7 @@ def build_recogniser(processor, encoder_layers, width, encoder_ffn, llm_layers, 
                          num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
                          bos_token_id=None, eos_token_id=eos[0], pad_token_id=eos[1]),
         audio_token_id=token("<|object_ref_start|>"))
-    model = FunAsrNanoForConditionalGeneration(config)
+    model = mend_attention(FunAsrNanoForConditionalGeneration(config))
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos[1])
     return model
 
@@ -363,8 +365,8 @@ def plan_sets(seed):
     plan["test/noise"] = wordless(64, every)
     plan["test/source"] = domain(texts(200), source=True)
     plan["d0"] = domain(texts(380)) + wordless(20, every)
-    plan["d1"] = domain(texts(1600)) + domain(texts(60, "repeat"))  # candidates: 400 are kept
-    plan["d2_short"] = domain(texts(600))                              # candidates: the 200 shortest are kept
+    plan["d1"] = domain(texts(1200)) + domain(texts(60, "repeat"))  # candidates
+    plan["d2_short"] = domain(texts(400))  # candidates: the 150 shortest are kept
     plan["d2_long"] = domain(texts(200, length=(2, 4)))
     plan["d3"] = domain(texts(400, "keywords"))
     return plan
@@ -374,6 +376,7 @@ def transcribe(folder, waves, batch=32):
     """Greedy transcripts of `waves` (16 kHz) by the recogniser saved in `folder`."""
     processor = FunAsrNanoProcessor.from_pretrained(folder)
     model = FunAsrNanoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    mend_attention(model)
     order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
     found = [""] * len(waves)
     for start in tqdm(range(0, len(order), batch), desc=f"transcribe ({Path(folder).name})", mininterval=5):
@@ -390,11 +393,12 @@ def transcribe(folder, waves, batch=32):
 
 def build_sets(args):
     """Speaks, selects and writes every RL pool and test set to data/."""
-    plan = plan_sets(args.seed)
-    started = time.time()
+    plan, started = plan_sets(args.seed), time.time()
+    with ProcessPoolExecutor(args.workers) as pool:  # all of it before torch starts threads, which fork does not bear
+        spoken = {name: pool.map(record, rows, chunksize=16) for name, rows in plan.items()}
+        spoken = {name: list(tqdm(waves, desc=name, mininterval=5)) for name, waves in spoken.items()}
     for name, rows in plan.items():
-        with ProcessPoolExecutor(args.workers) as pool:
-            waves = list(tqdm(pool.map(record, rows, chunksize=16), total=len(rows), desc=name, mininterval=5))
+        waves = spoken[name]
         keep = [i for i, wave in enumerate(waves) if len(wave) < 30 * corpus.SAMPLE_RATE]
         if name == "d1":    # hard cases [FA]: the policy is wrong and a second recogniser says something else
             first, second = (transcribe(CHECKPOINTS / r, waves) for r in ("asr", "asr2"))
@@ -404,7 +408,9 @@ def build_sets(args):
             keep = sorted(hard[:340] + repeats)
             print(f"d1: {len(hard)} of {len(rows)} are hard cases; kept {len(keep)} with {len(repeats)} repetitions")
         if name == "d2_short":
-            keep = sorted(sorted(keep, key=lambda i: len(waves[i]))[:200])
+            keep = sorted(sorted(keep, key=lambda i: len(waves[i]))[:150])
+        if name == "d2_long":
+            keep = keep[:150]
         write_set(DATA / name, [rows[i] for i in keep], [waves[i] for i in keep])
     size = sum(f.stat().st_size for f in DATA.rglob("*.ogg")) / 2 ** 20
     print(f"sets: {size:.1f} MiB of audio, {time.time() - started:.0f} s")

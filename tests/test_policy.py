@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 import grpo_asr
-from data import collate
+from data import collate, load_folder, mend_attention
 from grpo_asr import completion_logprobs, decode, encode, end_tokens, generator_for, grpo_loss, sample
 from rewards import asr_metrics
 
@@ -230,7 +230,7 @@ def test_pitfall_20_adapters_stay_in_fp32_on_a_bf16_base_and_one_step_moves_them
 def test_pitfall_19_saved_adapter_reloaded_by_peft_gives_the_same_text(recogniser, clips, tmp_path):
     args, processor, policy = recogniser
     policy.save_pretrained(tmp_path)
-    base = AutoModelForMultimodalLM.from_pretrained("checkpoints/asr", dtype=torch.float32)
+    base = mend_attention(AutoModelForMultimodalLM.from_pretrained("checkpoints/asr", dtype=torch.float32))
     own = AutoProcessor.from_pretrained("checkpoints/asr")
     reloaded = (args, own, PeftModel.from_pretrained(base, tmp_path).eval())
     _, a = rollout_of(recogniser, clips[:4], group=1, temperature=0)
@@ -238,7 +238,7 @@ def test_pitfall_19_saved_adapter_reloaded_by_peft_gives_the_same_text(recognise
     assert decode(processor, a) == decode(reloaded[1], b) and torch.equal(a.logp, b.logp)
     merged = copy.deepcopy(reloaded[2]).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
-    plain = AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    plain = mend_attention(AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     out = plain.generate(**collate(processor, clips[:4], "en"), do_sample=False, max_new_tokens=24)
     assert [t.strip() for t in processor.batch_decode(out[:, -a.ids.shape[1]:], skip_special_tokens=True)
             ] == decode(processor, a)
@@ -247,8 +247,6 @@ def test_pitfall_19_saved_adapter_reloaded_by_peft_gives_the_same_text(recognise
 def test_keywords_in_the_prompt_help(recogniser):
     """The prompt's keyword list does something: with it the names of the keyword set are read better."""
     from conftest import load_policy
-
-    from data import load_folder
     args, processor, policy = load_policy()
     clips = load_folder("data/test/keywords")[:64]
     scores = []
