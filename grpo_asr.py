@@ -191,7 +191,7 @@ def load(args, device):
     """The processor and the policy: frozen base in eval mode (no dropout anywhere), fp32 LoRA on its LLM."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # the encoder is a small part, runs once a step and feeds everything else: it stays in `dtype`
-    skip = ["audio_tower", "multi_modal_projector", "lm_head"]
+    skip = [".*audio_tower", ".*multi_modal_projector", "lm_head"]  # patterns from the start of a module's name
     quantization = {"none": None, "8bit": dict(load_in_8bit=True, llm_int8_skip_modules=skip), "4bit": dict(
         load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skip)}
     chosen = quantization[args.quantize]
@@ -416,6 +416,7 @@ def train(args):
         state |= {"best": state["before"][main_set][1]["wer"], "best_step": 0, "step": 0}
         policy.save_pretrained(folder / "adapter")
         print(f"step 0: {main_set} WER {percent(state['best'])}")
+    phase.take()
 
     stop = []
     previous = signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else sys.exit("stopped at once"))
@@ -466,7 +467,7 @@ def train(args):
         if (args.eval_every and state["step"] % args.eval_every == 0) or state["step"] == args.steps or stop:
             with phase("evaluate"):
                 wer = evaluate(policy, processor, tests[main_set], args, device)[1]["wer"]
-            log.write("log", {"step": step, "set": main_set, "eval_wer": wer})
+            log.write("log", {"step": step, "set": main_set, "eval_wer": wer, "seconds": phase.take()})
             tqdm.write(f"step {step + 1}: {main_set} WER {percent(wer)}")
             if wer < state["best"]:
                 state |= {"best": wer, "best_step": step + 1}

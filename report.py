@@ -38,7 +38,8 @@ def draw(reference, hypothesis, language):
     reference, hypothesis = normalize_text(reference, language), normalize_text(hypothesis, language)
     if not reference or not hypothesis:
         return f"REF: {reference}\nHYP: {hypothesis}"
-    drawn = jiwer.visualize_alignment(jiwer.process_words(reference, hypothesis), show_measures=False)
+    drawn = jiwer.visualize_alignment(jiwer.process_words(reference, hypothesis), show_measures=False,
+                                      skip_correct=False)
     return "\n".join(line for line in drawn.splitlines()[1:] if line.strip())
 
 

@@ -49,7 +49,7 @@ def test_a_run_leaves_everything_behind(unbroken, capsys):
     out, lines = unbroken
     header, rows = lines[0], [line for line in lines[1:] if "reward" in line]
     assert header["arguments"]["steps"] == 4 and header["seed"] == 1
-    assert header["versions"]["torch"] == torch.__version__
+    assert header["versions"]["torch"] == torch.__version__.split("+")[0]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     for key in ("reward", "reward_std", "R1", "R2", "R3", "no_signal", "truncated", "tokens", "kl", "entropy",
                 "clipped", "grad_norm", "lr", "tokens_per_s", "seconds", "peak_memory_gib", "repetition",
@@ -103,6 +103,15 @@ def test_quantised_policies_train(tests_folder, tmp_path, quantize, capsys):
     rows = [line for line in lines if "reward" in line]
     assert len(rows) == 3 and rows[2]["kl"] > 0 and rows[0]["clipped"] == 0
     assert "check: |ratio - 1|" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quantize, kind", [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
+def test_pitfall_23_every_linear_of_the_llm_is_quantised_and_nothing_else(quantize, kind):
+    from conftest import load_policy
+    _, _, policy = load_policy("--quantize", quantize)
+    names = [name for name, module in policy.named_modules() if type(module).__name__ == kind and name.endswith("base_layer")]
+    layers = policy.config.text_config.num_hidden_layers
+    assert len(names) == 7 * layers and all("language_model" in name for name in names)
 
 
 def test_pitfall_14_no_checkpointing_in_the_rollout(recogniser):
