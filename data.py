@@ -168,11 +168,13 @@ def collate(processor, utterances, language, hotwords=False):
     """The processor's inputs for a batch: `input_ids` (B, L) padded on the left, `input_features` (B, frames, 560)
     and their masks. `hotwords` puts each utterance's keywords into its prompt."""
     rate = processor.feature_extractor.sampling_rate
-    # an empty list stands for "no keywords"; None for the whole batch asks for the plain prompt
     keywords = [list(u.keywords) for u in utterances] if hotwords else None
-    return processor.apply_transcription_request(
-        [u.waveform(rate) for u in utterances], language=language, keywords=keywords,
-        processor_kwargs={"padding": True})
+    waves = [u.waveform(rate) for u in utterances]
+    try:
+        return processor.apply_transcription_request(waves, language=language, keywords=keywords,
+                                                     processor_kwargs={"padding": True})
+    except ValueError as error:
+        raise DataError(f"--language {language}: the model's processor refuses it ({error})") from None
 
 
 # ---- the log of a run --------------------------------------------------------------------------------------
@@ -328,7 +330,7 @@ def load_pretrained(auto_class, name, **options):
         if hasattr(auto_class, "_model_mapping"):
             options = {"use_safetensors": True, **options}
         return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"--model {name}: cannot be loaded ({reason})") from None
 

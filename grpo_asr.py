@@ -198,6 +198,8 @@ def load(args, device):
     processor = load_pretrained(AutoProcessor, args.model)
     base = load_pretrained(AutoModelForMultimodalLM, args.model, dtype=dtype, device_map=device,
                            quantization_config=BitsAndBytesConfig(**chosen) if chosen else None)
+    if not hasattr(processor, "apply_transcription_request") or not hasattr(base, "get_audio_features"):
+        raise DataError(f"--model {args.model}: is a {type(base).__name__}; this script drives Fun-ASR-Nano models")
     torch.manual_seed(args.seed)
     policy = get_peft_model(mend_attention(base), LoraConfig(
         r=args.lora_rank, lora_alpha=2 * args.lora_rank, lora_dropout=0.0,
@@ -380,10 +382,15 @@ def generator_for(seed, step, device):
 # ---- the run -----------------------------------------------------------------------------------------------
 
 def main(argv=None):
+    args = parse_args(argv)
     try:
-        train(parse_args(argv))
+        train(args)
     except DataError as error:
         sys.exit(f"error: {error}")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(f"error: the GPU's memory is full; lower --micro (now {args.micro}) or --group (now {args.group})")
+    except KeyboardInterrupt:
+        sys.exit("stopped before the first step: nothing was trained")
 
 
 def main_of(tests):

@@ -109,7 +109,8 @@ def test_quantised_policies_train(tests_folder, tmp_path, quantize, capsys):
 def test_pitfall_23_every_linear_of_the_llm_is_quantised_and_nothing_else(quantize, kind):
     from conftest import load_policy
     _, _, policy = load_policy("--quantize", quantize)
-    names = [name for name, module in policy.named_modules() if type(module).__name__ == kind and name.endswith("base_layer")]
+    names = [name for name, module in policy.named_modules()
+             if type(module).__name__ == kind and name.endswith("base_layer")]
     layers = policy.config.text_config.num_hidden_layers
     assert len(names) == 7 * layers and all("language_model" in name for name in names)
 
@@ -162,6 +163,8 @@ def test_help_answers_without_torch(name):
     (["--model", "nowhere"], "--model nowhere: no such folder"),
     (["--device", "cuda:9"], "--device cuda:9"),
     (["--batch", "100000"], "fewer than --batch"),
+    (["--language", "klingon", "--data", "data/test/noise", "--test", "data/test/short"], "--language klingon"),
+    (["--data", "data/test/noise", "--test", "data/test/noise"], "no test set with words"),
 ])
 def test_a_users_mistake_gets_one_line(flags, message):
     done = script("--steps", "1", *flags)
