@@ -3,7 +3,8 @@ import jiwer
 
 from rewards import edit_counts, normalize_text
 
-COLUMNS = ["wer", "insertions", "deletions", "substitutions", "keyword_f1", "hallucination_rate", "length_ratio"]
+COLUMNS = {"wer": "WER", "insertions": "ins", "deletions": "del", "substitutions": "sub", "keyword_f1": "keyword F1",
+           "hallucination_rate": "invented", "length_ratio": "length"}
 
 
 def percent(share):
@@ -12,11 +13,12 @@ def percent(share):
 
 
 def print_table(before, after):
-    """One line a test set, before -> after; both are {name: metrics}."""
-    print(f"\n{'before -> after':10}" + "".join(f"{column.replace('_', ' '):>20}" for column in COLUMNS))
+    """One line a test set, before -> after in percent; both are {name: metrics}."""
+    print(f"\n{'%':10}" + "".join(f"{title:>15}" for title in COLUMNS.values()))
     for name in before:
-        cells = [f"{percent(before[name][c])} -> {percent(after[name][c])}" for c in COLUMNS]
-        print(f"{name:15}" + "".join(f"{'-' if c == '- -> -' else c:>20}" for c in cells))
+        pairs = [(before[name][column], after[name][column]) for column in COLUMNS]
+        cells = ["-" if b is None else f"{100 * b:.1f} -> {100 * a:.1f}" for b, a in pairs]
+        print(f"{name:10}" + "".join(f"{cell:>15}" for cell in cells))
 
 
 def print_transcripts(references, before, after, language, count=5):
