@@ -404,6 +404,7 @@ def main_of(tests):
 
 
 def train(args):
+    """The whole run: load, check, evaluate, the seven steps of the loop, evaluate."""
     device = pick_device(args.device)
     quiet()
     processor, policy = load(args, device)

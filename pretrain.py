@@ -17,6 +17,7 @@ STAGES = ["corpus", "asr", "asr2", "sets"]
 
 
 def parse_args(argv=None):
+    """The stages to build and the sizes of the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="which stages, in order (default: all)")
     parser.add_argument("--count", type=int, default=32_000, help="utterances in the training corpus (default: 32000)")
@@ -188,6 +189,7 @@ def features_of(row):
 
 
 def speak_corpus(args):
+    """Speaks the training corpus on all cores and keeps its features in build/corpus.pt."""
     rows = plan_corpus(args.count, args.seed)
     started = time.time()
     with ProcessPoolExecutor(args.workers) as pool:
