@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import pickle
 import resource
 import sys
 import time
@@ -27,10 +28,10 @@ import soundfile as sf
 import torch
 import torchaudio
 import transformers
-from peft import set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
 
-EMBEDDED = Path(__file__).parent / "data"
+EMBEDDED = Path(__file__).resolve().parent / "data"
 SHORTEST = 0.1  # seconds; a shorter clip has hardly a frame of features
 
 
@@ -57,11 +58,13 @@ class Utterance:
 @functools.lru_cache(maxsize=4096)
 def read_audio(path, rate):
     """The file as a mono float32 array (samples,) at `rate` Hz. Raises DataError for anything but sound."""
-    if not Path(path).exists():
-        raise DataError(f"{path}: no such file")
     try:
+        if not Path(path).exists():
+            raise DataError(f"{path}: no such file")
         wave, original = sf.read(path, dtype="float32", always_2d=True)     # (samples, channels)
-    except (sf.LibsndfileError, OSError) as error:
+    except DataError:
+        raise
+    except (sf.LibsndfileError, OSError, TypeError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as audio ({error})") from None
     wave = wave.mean(axis=1)
     if not np.isfinite(wave).all():
@@ -79,11 +82,15 @@ def read_line(folder, line, rate, max_seconds):
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON that can be read ({str(error)[:80]})") from None
     if not isinstance(row, dict):
         raise DataError("not a JSON object")
     for key in ("file_name", "text"):
         if not isinstance(row.get(key), str) or (key == "file_name" and not row[key]):
             raise DataError(f'needs "{key}" as a string')
+        if not row[key].isascii() and not row[key].encode("utf-8", "replace").decode() == row[key]:
+            raise DataError(f'"{key}" holds half a character (a lone surrogate)')
     keywords = row.get("keywords") or []
     if not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords):
         raise DataError('"keywords" must be a list of strings')
@@ -108,7 +115,7 @@ def load_folder(folder, rate=16_000, max_seconds=30.0, skip_bad=False):
         raise DataError(f"{folder}: {what}; see data.py for the form of a data set")
     found, bad = [], 0
     try:
-        lines = table.read_text(encoding="utf-8-sig").splitlines()
+        lines = table.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{table}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     for number, line in enumerate(tqdm(lines, desc=f"read {folder}", leave=False, disable=None), 1):
@@ -139,7 +146,9 @@ def load_sets(args, rate):
     train = [u for folder in args.data for u in read(folder)]
     if args.test or all(Path(folder).resolve().is_relative_to(EMBEDDED) for folder in args.data):
         folders = [Path(folder) for folder in args.test or sorted((EMBEDDED / "test").iterdir())]
-        tests = {folder.name: read(folder) for folder in folders}
+        tests = {folder.resolve().name: read(folder) for folder in folders}
+        if len(tests) < len(folders):
+            raise DataError("--test: two folders of the same name; the table could not tell them apart")
     else:
         order = np.random.default_rng(args.seed).permutation(len(train))
         held = min(200, max(1, len(train) // 10))
@@ -197,8 +206,10 @@ class RunLog:
         else:
             for name in ("log", "samples"):
                 path = self.folder / f"{name}.jsonl"
-                lines = path.read_text().splitlines() if path.exists() else []
+                lines = path.read_text().split("\n")[:-1] if path.exists() else []
                 kept = [line for line in lines if json.loads(line).get("step", -1) < resume_at]
+                if name == "log":
+                    kept[0] = json.dumps(rounded(header), ensure_ascii=False)  # what the run is given from here on
                 path.write_text("".join(line + "\n" for line in kept))
 
     def write(self, name, row):
@@ -232,11 +243,14 @@ def run_header(args, device, **more):
     import platform
     import subprocess
 
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                             cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # no git on this machine
+        git = ""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "jiwer")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return {"arguments": vars(args), "commit": git.stdout.strip() or "unknown",
+    return {"arguments": vars(args), "commit": git or "unknown",
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
             "device": name, "seed": args.seed, **more}
 
@@ -255,16 +269,20 @@ def saved_arguments(folder):
 
 def save_state(policy, optimizer, folder, state):
     """The latest adapter and optimizer state, for --resume; state.pt is moved into place, so never half there."""
-    policy.save_pretrained(folder / "last")
-    torch.save({**state, "optimizer": optimizer.state_dict()}, folder / "state.tmp")
+    torch.save({**state, "adapter": get_peft_model_state_dict(policy), "optimizer": optimizer.state_dict()},
+               folder / "state.tmp")
     (folder / "state.tmp").replace(folder / "state.pt")
 
 
 def load_state(policy, optimizer, folder):
     """Puts back what `save_state` wrote, and returns the rest of it."""
-    state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
-    load_adapter(policy, Path(folder) / "last")
-    optimizer.load_state_dict(state.pop("optimizer"))
+    try:
+        state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
+        set_peft_model_state_dict(policy, state.pop("adapter"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"--resume {folder}: its state.pt does not fit this model or is damaged ({reason})") from None
     return state
 
 
@@ -317,6 +335,8 @@ def pick_device(name):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DataError(f"--device {name}: torch sees no GPU here; --device cpu, or a driver that fits torch "
                         f"{torch.__version__}")
+    if device.type not in ("cpu", "cuda"):
+        raise DataError(f"--device {name}: cpu and cuda are what this was tried on")
     if device.type == "cpu":
         keep_freed_memory()
     return device
@@ -330,7 +350,7 @@ def load_pretrained(auto_class, name, **options):
         if hasattr(auto_class, "_model_mapping"):
             options = {"use_safetensors": True, **options}
         return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"--model {name}: cannot be loaded ({reason})") from None
 

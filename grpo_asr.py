@@ -69,7 +69,11 @@ def parse_args(argv=None):
         p.error(f"--micro {args.micro} must be a multiple or a divisor of --group {args.group}")
     if set(args.rewards.split(",")) - {"R1", "R2", "R3"}:
         p.error(f"--rewards takes some of R1,R2,R3, not {args.rewards}")
-    if args.temperature <= 0:
+    if not 0 < args.lr < float("inf"):
+        p.error(f"--lr must be above 0, not {args.lr}")
+    if not 0 <= args.seed < 2 ** 31:
+        p.error(f"--seed must be from 0 to 2^31 - 1, not {args.seed}")
+    if not 0 < args.temperature < float("inf"):
         p.error("--temperature must be above 0: GRPO learns from different samples")
     return args
 
@@ -106,7 +110,7 @@ from data import (
     save_state,
 )
 from report import best_and_worst, percent, print_table, print_times, print_transcripts
-from rewards import asr_metrics, asr_reward
+from rewards import asr_metrics, asr_reward, normalize_text
 
 # Shapes: B clips a step, G samples each, N = B G samples, T tokens of a transcript, L of a prompt, D width,
 # V vocabulary, M samples of a micro-batch.
@@ -356,22 +360,23 @@ def self_check(policy, processor, utterances, args, device):
     The trained log-probs are the sampler's (ratio 1), the reference is the untrained policy (KL 0), and the audio
     reaches them: the same clips played backwards must be less likely to give the same transcripts.
     """
+    utterances, group = utterances[:max(1, args.micro // args.group)], min(args.group, args.micro)
     inputs = collate(processor, utterances, args.language, args.hotwords).to(device)
     eos, limit = end_tokens(policy), token_limit(args, utterances)
     prompts = encode(policy, inputs)
-    rollout = sample(policy, prompts, args.group, limit, eos, args.temperature, generator_for(args.seed, 0, device))
+    rollout = sample(policy, prompts, group, limit, eos, args.temperature, generator_for(args.seed, 0, device))
     backwards = encode(policy, {**inputs, "input_features": inputs["input_features"].flip(1)})
     with torch.no_grad():
-        logps = [completion_logprobs(policy, p, rollout.ids, rollout.mask, args.group, args.temperature)
+        logps = [completion_logprobs(policy, p, rollout.ids, rollout.mask, group, args.temperature)
                  for p in (prompts, backwards)]
         with policy.disable_adapter():
-            ref_logp = completion_logprobs(policy, prompts, rollout.ids, rollout.mask, args.group, args.temperature)
+            ref_logp = completion_logprobs(policy, prompts, rollout.ids, rollout.mask, group, args.temperature)
     mean = lambda x: float(x[rollout.mask].mean())  # noqa: E731
     ratio, kl = mean((logps[0] - rollout.logp).exp().sub(1).abs()), mean(kl_k3(logps[0], ref_logp))
     audio = mean((logps[0] - logps[1]).abs())
     tolerance = 1e-3 if next(policy.parameters()).dtype == torch.float32 and args.quantize == "none" else 0.05
     line = f"|ratio - 1| {ratio:.1e}, KL {kl:.1e}, other audio moves log-probs by {audio:.2f} nats"
-    if ratio > tolerance or (kl > tolerance and not args.resume) or audio < 1e-3:
+    if not (ratio <= tolerance and (kl <= tolerance or args.resume) and audio >= 1e-3):  # so written, NaN fails
         raise DataError(f"check failed: {line}. This model's sampling and training paths disagree, or it does not hear")
     print(f"check: {line}")
 
@@ -395,9 +400,10 @@ def main(argv=None):
         sys.exit("stopped before the first step: nothing was trained")
 
 
-def main_of(tests):
+def main_of(tests, args):
     """The name of the test set that chooses the best adapter: `short`, else the first in which something is said."""
-    spoken = [name for name in sorted(tests, key=lambda name: name != "short") if any(u.text for u in tests[name])]
+    spoken = [name for name in sorted(tests, key=lambda name: name != "short") 
+              if any(normalize_text(u.text, args.language) for u in tests[name])]
     if not spoken:
         raise DataError("no test set with words in it: the best adapter is chosen by WER, which needs some")
     return spoken[0]
@@ -409,16 +415,20 @@ def train(args):
     quiet()
     processor, policy = load(args, device)
     clips, tests = load_sets(args, processor.feature_extractor.sampling_rate)
-    main_set = main_of(tests)
+    main_set = main_of(tests, args)
     keywords = {k for u in clips for k in u.keywords}             # R3 watches for every keyword of the domain
+    if "R3" in args.rewards and not keywords:
+        raise DataError("--rewards R3 needs keywords, and --data has none in its metadata.jsonl")
     weights = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0)
     phase, eos, rewards, first, state = Phases(device), end_tokens(policy), args.rewards.split(","), 0, {}
     if args.resume:
         state = load_state(policy, optimizer, args.resume)
         first, phase.total = state["step"], state["seconds"]
-    folder = Path(args.out or new_run_folder("grpo_asr"))
-    log = RunLog(folder, run_header(args, device, trained=sum(w.numel() for w in weights)), first or None)
+        optimizer.param_groups[0]["lr"] = args.lr
+    folder = Path(args.resume or args.out or new_run_folder("grpo_asr"))
+    log = RunLog(folder, run_header(args, device, trained=sum(w.numel() for w in weights)),
+                 first if args.resume else None)
     self_check(policy, processor, [clips[i] for i in batch_indices(0, len(clips), args.batch, args.seed)], args, device)
     if not args.resume:
         with phase("evaluate"):
@@ -427,6 +437,7 @@ def train(args):
         policy.save_pretrained(folder / "adapter")
         log.write("log", {"step": -1, "set": main_set, "eval_wer": state["best"]})  # after no step at all
         print(f"step 0: {main_set} WER {percent(state['best'])}")
+        save_state(policy, optimizer, folder, {**state, "seconds": phase.total})
     phase.take()
 
     stop = []
@@ -487,10 +498,10 @@ def train(args):
         if stop:
             break
     bar.close()
-    signal.signal(signal.SIGINT, previous)
     if stop:
         print(f"stopped after {state['step']} of {args.steps} steps; python grpo_asr.py --resume {folder} goes on")
     finish(policy, processor, tests, main_set, state, folder, log, phase, args, device)
+    signal.signal(signal.SIGINT, previous)
 
 
 # ---- what a run leaves behind ------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ import numpy as np
 def read_run(folder):
     """(header, rows) of a run's log.jsonl; SystemExit with one line if there is none."""
     try:
-        lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+        lines = (Path(folder) / "log.jsonl").read_text().split("\n")[:-1]
         rows = [json.loads(line) for line in lines]
         return rows[0]["arguments"], rows[1:]
     except (OSError, json.JSONDecodeError, KeyError, IndexError):

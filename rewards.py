@@ -34,16 +34,24 @@ def normalize_text(text, language="en"):
     Latin words and numbers stay whole ("我用 iPhone" -> "我 用 iphone").
     """
     text = unicodedata.normalize("NFKC", text).casefold()
-    text = re.sub(r"(?<=\w)['’ʼ`](?=\w)", "", text)
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
-    kept = []
+    text = re.sub(r"(?<=\w)['’‘ʼʻ`](?=\w)", "", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    split, after_character, kept = by_character(language), False, []
     for i, c in enumerate(text):
+        kind = unicodedata.category(c)
         point = c == "." and text[i - 1:i].isdigit() and text[i + 1:i + 2].isdigit()
-        kept.append(c if point or unicodedata.category(c)[0] in "LNM" else " ")
-    text = "".join(kept)
-    if by_character(language):
-        text = re.sub(r"([^\s\u0000-\u024f][\u0e31\u0e34-\u0e4e\u3099\u309a]*)", r" \1 ", text)
-    return " ".join(text.split())
+        if kind == "Cf" or "\ufe00" <= c <= "\ufe0f" or "\U000e0100" <= c <= "\U000e01ef":
+            continue                                    # invisible: joiners, soft hyphens, variation selectors
+        if kind[0] == "M":
+            kept.append(c)                              # a mark belongs to the character before it
+        elif kind[0] in "LN" or point:
+            alone = split and c > "\u024f"              # beyond Latin: a token of its own
+            kept.append(f" {c}" if alone or after_character else c)
+            after_character = alone
+        else:
+            kept.append(" ")
+            after_character = False
+    return " ".join("".join(kept).split())
 
 
 def edit_counts(reference, hypothesis, language="en"):
@@ -95,10 +103,11 @@ def hallucination(reference, hypothesis, language="en"):
 
     The first that applies, on normalised tokens:
     - "silence"     the reference is empty and the hypothesis is not
-    - "language"    over 30 % of the letters are of a script that the reference does not use (translated, or another
+    - "language"    over 30 % of the tokens are of a script that the reference does not use (translated, or another
                     language; a language of the same script passes this rule)
-    - "repetition"  one to eight tokens said three times or more in a row, and at least twice more than the
-                    reference says them; or one to four letters six times in a row inside a word
+    - "repetition"  one to eight tokens said three times or more in a row, at least twice more than the reference
+                    says them, and the alignment finds those two inserted (a misspelt genuine repetition has none);
+                    or two to four letters six times in a row inside a word, twice more than in the reference
     - "beyond"      four tokens or more in a row (eight characters) for which the alignment finds nothing said
     """
     reference, hypothesis = normalize_text(reference, language), normalize_text(hypothesis, language)
@@ -107,24 +116,27 @@ def hallucination(reference, hypothesis, language="en"):
         return Hallucination()
     if not said:
         return Hallucination("silence", 0, len(heard), len(heard))
-    foreign = [bool(scripts(token) - scripts(reference)) for token in heard]
-    letters = [sum(map(str.isalpha, token)) for token in heard]
-    if sum(n for n, f in zip(letters, foreign) if f) > 0.3 * sum(letters):
+    known = scripts(reference)
+    foreign = [bool(known and scripts(token) - known) for token in heard]
+    if sum(foreign) > 0.3 * len(heard):
         return Hallucination("language", foreign.index(True), len(heard) - foreign[::-1].index(True), len(heard))
+    chunks = [c for c in jiwer.process_words(reference, hypothesis).alignments[0] if c.type == "insert"]
+    inserted = {i for c in chunks for i in range(c.hyp_start_idx, c.hyp_end_idx)}
     for found in re.finditer(r"(?<!\S)(\S+(?: \S+){0,7}?)(?: \1(?!\S))+", hypothesis):
         unit, times = found[1], (len(found[0]) + 1) // (len(found[1]) + 1)
         if times >= 3 and times >= longest_run(unit, reference) + 2:
             start, width = len(hypothesis[:found.start()].split()), len(unit.split())
             surplus = times - max(1, longest_run(unit, reference))
             end = start + times * width
-            return Hallucination("repetition", end - surplus * width, end, len(heard))
+            if len(inserted & set(range(start, end))) >= 2 * width:
+                return Hallucination("repetition", end - surplus * width, end, len(heard))
     for i, token in enumerate(heard):
-        stutter = re.search(r"(\D{1,4}?)\1{5,}", token)
-        if stutter and stutter[0] not in reference:
+        stutter = re.search(r"(\D{2,4}?)\1{5,}", token)
+        if stutter and stutter[0][:-2 * len(stutter[1])] + stutter[1] not in reference:
             return Hallucination("repetition", i, i + 1, len(heard))
     limit = 8 if by_character(language) else 4
-    for chunk in jiwer.process_words(reference, hypothesis).alignments[0]:
-        if chunk.type == "insert" and chunk.hyp_end_idx - chunk.hyp_start_idx >= limit:
+    for chunk in chunks:
+        if chunk.hyp_end_idx - chunk.hyp_start_idx >= limit:
             return Hallucination("beyond", chunk.hyp_start_idx, chunk.hyp_end_idx, len(heard))
     return Hallucination()
 
@@ -137,8 +149,9 @@ def longest_run(unit, text):
 
 def scripts(text):
     """The scripts of the letters of `text`: {"LATIN", "CJK", ...}. Japanese counts as one script with Chinese."""
-    names = {unicodedata.name(c, "UNKNOWN").split()[0] for c in text if c.isalpha()}
-    return {"CJK" if name in ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA") else name for name in names}
+    names = {re.split("[ -]", unicodedata.name(c, "UNKNOWN"))[0]
+             for c in text if c.isalpha() and unicodedata.category(c) != "Lm"}
+    return {"CJK" if name in ("HIRAGANA", "KATAKANA", "IDEOGRAPHIC") else name for name in names}
 
 
 # ---- R3 ----------------------------------------------------------------------------------------------------

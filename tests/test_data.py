@@ -142,7 +142,7 @@ def test_resuming_drops_what_came_after_the_saved_step(tmp_path):
     log = RunLog(tmp_path, {"arguments": {}})
     for step in range(5):
         log.write("log", {"step": step, "reward": 1 / 3})
-    RunLog(tmp_path, {}, resume_at=3)
+    RunLog(tmp_path, {"arguments": {}}, resume_at=3)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert "arguments" in lines[0] and [r["step"] for r in lines[1:]] == [0, 1, 2] and lines[1]["reward"] == 0.333333
 

@@ -22,6 +22,8 @@ from rewards import asr_accuracy, asr_metrics, asr_reward, edit_counts, hallucin
     ("ﾊﾟﾝ", "ja", "パ ン"),
     ("안녕하세요 세계", "ko", "안녕하세요 세계"),
     ("Привет, мир", "ru", "привет мир"),
+    ("co\u00adoperate \u2764\ufe0f o‘clock", "en", "cooperate oclock"),
+    ("2019,2020", "en", "2019 2020"), ("ไทยแลนด์", "th", "ไ ท ย แ ล น ด์"),
     ("", "en", ""), ("?!", "en", ""), (" \n ", "zh", ""),
 ])
 def test_pitfall_16_normaliser(text, language, expected):
@@ -90,6 +92,12 @@ def test_edit_counts_by_hand():
     ("今天天气很好", "今日はいい天気です", "ja", ""),            # kana and han are one script here: R1 judges that
     ("play a song by 周杰伦", "play a song by 周杰", "en", ""),   # mixed, as the reference is
     ("привет мир", "privet mir", "ru", "language"),
+    ("25", "twenty five", "en", ""),                            # no letters to tell a script by
+    ("人人都来了", "人々都来了", "ja", ""),
+    ("我用苹果手机", "我用iPhone手机", "zh", ""),
+    ("nah nah nah", "na na na", "en", ""),                      # a genuine repetition, misspelt
+    ("哈哈哈", "呵呵呵", "zh", ""),
+    ("hmm yes", "hmmmmmmm yes", "en", ""),                      # one letter drawn out
     # wrong words alone are not hallucinations
     ("a b c d", "w x y z", "en", ""),
     ("a b c d", "", "en", ""),
