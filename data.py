@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import os
 import pickle
 import resource
 import sys
@@ -58,12 +59,10 @@ class Utterance:
 @functools.lru_cache(maxsize=4096)
 def read_audio(path, rate):
     """The file as a mono float32 array (samples,) at `rate` Hz. Raises DataError for anything but sound."""
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
+        raise DataError(f"{path}: no such file")
     try:
-        if not Path(path).exists():
-            raise DataError(f"{path}: no such file")
         wave, original = sf.read(path, dtype="float32", always_2d=True)     # (samples, channels)
-    except DataError:
-        raise
     except (sf.LibsndfileError, OSError, TypeError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as audio ({error})") from None
     wave = wave.mean(axis=1)
@@ -89,7 +88,7 @@ def read_line(folder, line, rate, max_seconds):
     for key in ("file_name", "text"):
         if not isinstance(row.get(key), str) or (key == "file_name" and not row[key]):
             raise DataError(f'needs "{key}" as a string')
-        if not row[key].isascii() and not row[key].encode("utf-8", "replace").decode() == row[key]:
+        if any("\ud800" <= c <= "\udfff" for c in row[key]):
             raise DataError(f'"{key}" holds half a character (a lone surrogate)')
     keywords = row.get("keywords") or []
     if not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords):

@@ -402,7 +402,7 @@ def main(argv=None):
 
 def main_of(tests, args):
     """The name of the test set that chooses the best adapter: `short`, else the first in which something is said."""
-    spoken = [name for name in sorted(tests, key=lambda name: name != "short") 
+    spoken = [name for name in sorted(tests, key=lambda name: name != "short")
               if any(normalize_text(u.text, args.language) for u in tests[name])]
     if not spoken:
         raise DataError("no test set with words in it: the best adapter is chosen by WER, which needs some")

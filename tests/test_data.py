@@ -50,6 +50,9 @@ BAD = {
     "broken": ([GOOD, {"file_name": "broken.wav", "text": "x"}], "cannot be read as audio"),
     "empty file": ([GOOD, {"file_name": "empty.wav", "text": "x"}], "cannot be read as audio"),
     "folder": ([GOOD, {"file_name": ".", "text": "x"}], "cannot be read as audio"),
+    "half a character": ([GOOD, '{"file_name": "a.wav", "text": "\\ud83d"}'], "lone surrogate"),
+    "long name": ([GOOD, {"file_name": "a" * 300 + ".wav", "text": "x"}], "no such file"),
+    "raw": ([GOOD, {"file_name": "a.raw", "text": "x"}], "cannot be read as audio"),
     "zero length": ([GOOD, {"file_name": "zero.wav", "text": "x"}], "0.00 s long"),
     "nan": ([GOOD, {"file_name": "nan.wav", "text": "x"}], "3 samples that are not numbers"),
     "too long": ([GOOD, {"file_name": "long.wav", "text": "x"}], "over --max-seconds 2"),
@@ -64,6 +67,7 @@ def bad_folder(tmp_path):
         sf.write(tmp_path / f"{name}.wav", wave, RATE, subtype="FLOAT")
     (tmp_path / "broken.wav").write_bytes(b"RIFF of another kind")
     (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "a.raw").write_bytes(bytes(1000))
     return tmp_path
 
 
