@@ -142,6 +142,11 @@ def sentence(rng, kind="any", repeats=(4, 8)):
     return re.sub(r"{(.*?)}", fill, template), sorted(set(keywords))
 
 
+def keywords_in(text):
+    """The names and places in a sentence of the grammar, as `sentence` lists them."""
+    return sorted(set(text.split()) & set(NAMES + PLACES))
+
+
 def reserved(text):
     """Whether a sentence is kept for RL pools and tests: one in eight, by its checksum. Training never says it."""
     return zlib.crc32(text.encode()) % 8 == 0

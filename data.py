@@ -5,6 +5,7 @@ form): {"file_name": "audio/0001.ogg", "text": "...", "keywords": ["anna"]}. Any
 soundfile reads (wav, flac, ogg, mp3).
 
     load_folder(folder)                   checked utterances, or one clear line that says what is wrong and where
+    load_sentences(path)                  texts to be spoken, from a plain text file or a metadata.jsonl
     batch_indices(step, ...)              which utterances a step trains on: a function of the seed and the step alone
     collate(processor, utterances, ...)   the model's inputs
     RunLog(folder), Phases(device)        log.jsonl, samples.jsonl: written line by line, never over an older run
@@ -75,8 +76,8 @@ def read_audio(path, rate):
     return wave
 
 
-def read_line(folder, line, rate, max_seconds):
-    """One line of metadata -> Utterance. Raises DataError without the line number, which the caller knows."""
+def parse_row(line, *strings):
+    """One line of metadata -> dict whose keys `strings` hold text. Raises DataError without the line number."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -85,11 +86,17 @@ def read_line(folder, line, rate, max_seconds):
         raise DataError(f"not JSON that can be read ({str(error)[:80]})") from None
     if not isinstance(row, dict):
         raise DataError("not a JSON object")
-    for key in ("file_name", "text"):
+    for key in strings:
         if not isinstance(row.get(key), str) or (key == "file_name" and not row[key]):
             raise DataError(f'needs "{key}" as a string')
         if any("\ud800" <= c <= "\udfff" for c in row[key]):
             raise DataError(f'"{key}" holds half a character (a lone surrogate)')
+    return row
+
+
+def read_line(folder, line, rate, max_seconds):
+    """One line of metadata -> Utterance. Raises DataError without the line number, which the caller knows."""
+    row = parse_row(line, "file_name", "text")
     keywords = row.get("keywords") or []
     if not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords):
         raise DataError('"keywords" must be a list of strings')
@@ -112,26 +119,84 @@ def load_folder(folder, rate=16_000, max_seconds=30.0, skip_bad=False):
     if not table.is_file():
         what = "no such folder" if not folder.is_dir() else "the folder has no metadata.jsonl"
         raise DataError(f"{folder}: {what}; see data.py for the form of a data set")
+    return read_lines(table, lambda line: read_line(folder, line, rate, max_seconds), skip_bad)
+
+
+def read_lines(table, read, skip_bad=False):
+    """`read(line)` of every line that is not empty; a bad one is named with its number, and skipped if so asked."""
     found, bad = [], 0
     try:
-        lines = table.read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(table).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{table}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(tqdm(lines, desc=f"read {folder}", leave=False, disable=None), 1):
+    for number, line in enumerate(tqdm(lines, desc=f"read {table}", leave=False, disable=None), 1):
         if not line.strip():
             continue
         try:
-            found.append(read_line(folder, line, rate, max_seconds))
+            found.append(read(line))
         except DataError as error:
             if not skip_bad:
                 raise DataError(f"{table}:{number}: {error} (mend it, or leave it out with --skip-bad)") from None
             bad += 1
             print(f"skipped {table}:{number}: {error}", file=sys.stderr)
     if bad:
-        print(f"{folder}: {bad} of {bad + len(found)} utterances skipped", file=sys.stderr)
+        print(f"{table}: {bad} of {bad + len(found)} lines skipped", file=sys.stderr)
     if not found:
-        raise DataError(f"{table}: no usable utterance in it")
+        raise DataError(f"{table}: nothing usable in it")
     return found
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A text to be spoken; `seconds` of its recording where there is one, else 0."""
+
+    text: str
+    voice: str = ""
+    seconds: float = 0.0
+
+
+def load_sentences(path, skip_bad=False):
+    """Texts to be spoken: a plain text file with one a line, or a metadata.jsonl or its folder ("text" is needed;
+    "voice" and "file_name", a recording, are used where they are given)."""
+    path = Path(path)
+    table = path / "metadata.jsonl" if path.is_dir() else path
+    if not table.is_file():
+        raise DataError(f"{path}: no such file, and no folder with a metadata.jsonl")
+
+    def read(line):
+        if table.suffix != ".jsonl":
+            row = {"text": line}
+        else:
+            row = parse_row(line, "text")
+        if not any(c.isalnum() for c in row["text"]):
+            raise DataError("no word in it that could be said")
+        name, seconds = row.get("file_name"), 0.0
+        if name:
+            seconds = len(read_audio(table.parent / name, 16_000)) / 16_000
+        return Sentence(" ".join(row["text"].split()), str(row.get("voice") or ""), seconds)
+
+    return read_lines(table, read, skip_bad)
+
+
+def split_sentences(args):
+    """(texts of --data, texts of --test). Without --test: the embedded test texts; where --data is the user's own, a
+    tenth of it (at most 100). A text of both is left out of the training."""
+    texts = [s for path in args.data for s in load_sentences(path, args.skip_bad)]
+    if args.test or all(Path(path).resolve().is_relative_to(EMBEDDED) for path in args.data):
+        tests = load_sentences(args.test or EMBEDDED / "tts" / "test", args.skip_bad)
+        known = {s.text for s in tests}
+        kept = [s for s in texts if s.text not in known]
+        if len(kept) < len(texts):
+            print(f"{len(texts) - len(kept)} texts of --data are in the test set too: left out of the training")
+        texts = kept
+    else:
+        order = np.random.default_rng(args.seed).permutation(len(texts))
+        held = min(100, max(1, len(texts) // 10))
+        tests, texts = [texts[i] for i in order[:held]], [texts[i] for i in order[held:]]
+        print(f"no --test given: {held} texts of --data are held out as the test set")
+    if len(texts) < args.batch:
+        raise DataError(f"{len(texts)} texts to train on, fewer than --batch {args.batch}")
+    return texts, tests
 
 
 def load_sets(args, rate):
@@ -291,18 +356,22 @@ def load_adapter(policy, folder):
 
 
 class Phases:
-    """Seconds per phase of a step, and the peak of memory in GiB (on a GPU its own, else the process's)."""
+    """Seconds per phase of a step, and the peak of memory in GiB by phase: on a GPU the tensors' own, else the
+    process's so far."""
 
     def __init__(self, device):
-        self.device, self.step, self.total = device, {}, {}
+        self.device, self.step, self.total, self.peaks = device, {}, {}, {}
 
     @contextlib.contextmanager
     def __call__(self, name):
         self.synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         started = time.perf_counter()
         yield
         self.synchronize()
         spent = time.perf_counter() - started
+        self.peaks[name] = max(self.peaks.get(name, 0.0), self.memory_gib())
         for seconds in (self.step, self.total):
             seconds[name] = seconds.get(name, 0.0) + spent
 
@@ -316,6 +385,10 @@ class Phases:
         return taken
 
     def peak_gib(self):
+        """The highest peak of any phase so far."""
+        return max(self.peaks.values(), default=self.memory_gib())
+
+    def memory_gib(self):
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2 ** 30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
@@ -341,17 +414,17 @@ def pick_device(name):
     return device
 
 
-def load_pretrained(auto_class, name, **options):
+def load_pretrained(auto_class, name, flag="--model", **options):
     """`auto_class.from_pretrained(name)`, safetensors only and no remote code; DataError when it can't be had."""
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "checkpoints/"))):
-        raise DataError(f"--model {name}: no such folder, and not of the form OWNER/NAME of a hub id")
+        raise DataError(f"{flag} {name}: no such folder, and not of the form OWNER/NAME of a hub id")
     try:
         if hasattr(auto_class, "_model_mapping"):
             options = {"use_safetensors": True, **options}
         return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"--model {name}: cannot be loaded ({reason})") from None
+        raise DataError(f"{flag} {name}: cannot be loaded ({reason})") from None
 
 
 def mend_attention(model):
@@ -371,7 +444,7 @@ def quiet():
     """Silences what the libraries say once per layer and call; errors still come through."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="MatMul8bitLt|.*is_gradient_checkpointing")
+    warnings.filterwarnings("ignore", message="MatMul8bitLt|.*is_gradient_checkpointing|Support for mismatched")
 
 
 def keep_freed_memory():

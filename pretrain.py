@@ -1,10 +1,15 @@
 """Builds the embedded models and data from nothing: sentences, voices, a recogniser, RL pools and test sets.
 
     python pretrain.py                  all stages below, in order (seeded)
+    python pretrain.py voices codec tokens                the codec of chapters 2 and 3 and what it makes of speech
     python pretrain.py corpus           speak the training corpus, keep its features       build/corpus.pt
+    python pretrain.py decoded          features of what the codec says                    build/decoded.pt
     python pretrain.py asr              the recogniser, the policy of chapter 1            checkpoints/asr
     python pretrain.py asr2             a second one, independent: smaller, other seed     checkpoints/asr2
+    python pretrain.py tts token2text speaker             the models of chapters 2 and 3   (pretrain_tts.py)
+    python pretrain.py texts            sentences, test recordings and voices of chapters 2 and 3     data/tts
     python pretrain.py sets             RL pools D0-D3 and the test sets, from both        data/
+    python pretrain.py check_codec check_tts              how good they are, by both recognisers
 
 Needs espeak-ng and flite, and a GPU unless you have a day. Running the chapters needs none of this: what it
 makes is in the repository. The recipe is our choice throughout; the model classes are the published ones.
@@ -13,7 +18,8 @@ import argparse
 import logging
 import os
 
-STAGES = ["corpus", "asr", "asr2", "sets"]
+STAGES = ["voices", "codec", "tokens", "corpus", "decoded", "asr", "asr2", "tts", "token2text", "speaker", "texts",
+          "sets", "check_codec", "check_tts"]
 
 
 def parse_args(argv=None):
@@ -25,6 +31,15 @@ def parse_args(argv=None):
     parser.add_argument("--batch", type=int, default=128, help="utterances a step (default: 128)")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of AdamW (default: 1e-3)")
     parser.add_argument("--ctc", type=float, default=0.5, help="weight of the CTC loss (default: 0.5)")
+    parser.add_argument("--tts-count", type=int, default=40_000, help="utterances of the TTS corpus (default: 40000)")
+    parser.add_argument("--decoded-count", type=int, default=8_000,
+                        help="of those, how many the recognisers also hear after the codec (default: 8000)")
+    parser.add_argument("--codec-steps", type=int, default=1_200, help="of the codec (default: 1200)")
+    parser.add_argument("--tts-steps", type=int, default=1_200, help="of the LLM that speaks (default: 1200)")
+    parser.add_argument("--token2text-steps", type=int, default=5_000, help="of Token2Text (default: 5000)")
+    parser.add_argument("--speaker-steps", type=int, default=1_000, help="of the speaker model (default: 1000)")
+    parser.add_argument("--tokens", metavar="DIR", help="token2text: a folder of your own with metadata.jsonl, lines "
+                        'of {"text": ..., "tokens": [...]}')
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that speak (default: all cores)")
     parser.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
@@ -40,6 +55,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -60,6 +76,7 @@ from transformers import (
 )
 
 import corpus
+import pretrain_tts
 from data import mend_attention, pick_device
 
 BUILD, CHECKPOINTS, DATA = Path("build"), Path("checkpoints"), Path("data")
@@ -144,8 +161,8 @@ def build_recogniser(processor, encoder_layers, width, encoder_ffn, llm_layers, 
 def plan_corpus(count, seed):
     """What will be said: rows (text, spoken text, keywords, voice, snr_db or None, kind of noise, seed).
 
-    Four fifths single sentences, some of them with a short repetition; the rest two to six in one go (5 to 18 s);
-    one in a hundred is noise without words. A quarter of the speech is in noise of 10 to 25 dB.
+    Four fifths single sentences, some of them with a short repetition; the rest two to ten in one go (5 to 30 s);
+    three in a hundred are noise without words. A quarter of the speech is in noise of 10 to 25 dB.
     """
     rng = np.random.default_rng(seed)
     singles = corpus.unique_sentences(rng, count, set(), held_out=False)
@@ -153,15 +170,15 @@ def plan_corpus(count, seed):
     rows = []
     for i in range(count):
         kind, said = rng.random(), singles[i]
-        if kind < 0.01:
+        if kind < 0.03:
             rows.append(("", "", [], None, None, str(rng.choice(["white", "pink", "hum", "silence"])), seed + i))
             continue
         spoken = said[0]
-        if kind < 0.03:
+        if kind < 0.05:
             said = short_repeats[int(rng.integers(len(short_repeats)))]
             spoken = said[0]
         elif kind < 0.20:
-            chosen = [singles[j] for j in rng.integers(count, size=rng.integers(2, 7))]
+            chosen = [singles[j] for j in rng.integers(count, size=rng.integers(2, 11))]
             spoken, keywords = corpus.paragraph(chosen)
             said = (spoken.replace(".", ""), keywords)
         voice = corpus.SOURCE_VOICES[int(rng.integers(len(corpus.SOURCE_VOICES)))]
@@ -182,10 +199,11 @@ def record(row):
 
 
 def features_of(row):
-    """The processor's own features of a planned row: float16 (frames of 60 ms, 560)."""
+    """The processor's own features of a planned row or a waveform: float16 (frames of 60 ms, 560)."""
     torch.set_num_threads(1)
     extractor = FunAsrNanoFeatureExtractor()
-    return extractor(record(row), sampling_rate=corpus.SAMPLE_RATE).input_features[0].to(torch.float16).numpy()
+    wave = row if isinstance(row, np.ndarray) else record(row)
+    return extractor(wave, sampling_rate=corpus.SAMPLE_RATE).input_features[0].to(torch.float16).numpy()
 
 
 def speak_corpus(args):
@@ -199,6 +217,20 @@ def speak_corpus(args):
                 "text": [r[0] for r in rows], "keywords": [r[2] for r in rows]}, BUILD / "corpus.pt")
     hours = sum(len(f) for f in found) * 0.06 / 3600
     print(f"corpus: {len(rows)} utterances, {hours:.1f} h, {time.time() - started:.0f} s")
+
+
+def hear_decoded(args):
+    """Features of the first sentences of build/tokens as the codec says them: build/decoded.pt, a part of the training
+    corpus, since both recognisers judge such speech in chapters 2 and 3."""
+    rows, started = pretrain_tts.read_tokens(BUILD / "tokens")[256:256 + args.decoded_count], time.time()
+    waves = pretrain_tts.decode_tokens(pretrain_tts.load_codec(pick_device(args.device)),
+                                       [np.array(r["tokens"]) for r in rows])
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+        found = list(tqdm(pool.map(features_of, waves, chunksize=32), total=len(rows), desc="hear", mininterval=5))
+    torch.save({"features": torch.from_numpy(np.concatenate(found)), "frames": torch.tensor([len(f) for f in found]),
+                "text": [r["text"] for r in rows], "keywords": [corpus.keywords_in(r["text"]) for r in rows]},
+               BUILD / "decoded.pt")
+    print(f"decoded: {len(rows)} utterances, {time.time() - started:.0f} s")
 
 
 # ---- supervised training -----------------------------------------------------------------------------------
@@ -242,16 +274,17 @@ def collate(rows, frames, audio_id, pad_id):
 
 
 def train_recogniser(args, name):
-    """Supervised training of one recogniser on build/corpus.pt, saved under checkpoints/NAME in bf16."""
-    data = torch.load(BUILD / "corpus.pt", weights_only=True)
-    texts, keywords, frames = data["text"], data["keywords"], data["frames"]
+    """Supervised training of one recogniser on build/decoded.pt and build/corpus.pt: checkpoints/NAME, in bf16."""
+    parts = [torch.load(BUILD / f"{part}.pt", weights_only=True) for part in ("decoded", "corpus")]
+    texts, keywords = (sum((part[key] for part in parts), []) for key in ("text", "keywords"))
+    frames = torch.cat([part["frames"] for part in parts])
     processor = build_processor(texts)
     model = build_recogniser(processor, **SIZES[name])
     size = SIZES[name]["seed"]
     device = pick_device(args.device)
     cuda = device.type == "cuda"
     model.to(device).train()
-    features = data["features"].to(device)                                   # (all frames, 560)
+    features = torch.cat([part["features"] for part in parts]).to(device)             # (all frames, 560)
     offsets = torch.cumsum(frames, 0) - frames
     forms = tokenized(processor, texts, keywords, size)
     rng, generator = np.random.default_rng(size), torch.Generator(device).manual_seed(size)
@@ -374,17 +407,17 @@ def plan_sets(seed):
     return plan
 
 
-def transcribe(folder, waves, batch=32):
+def transcribe(folder, waves, device="auto", batch=32):
     """Greedy transcripts of `waves` (16 kHz) by the recogniser saved in `folder`."""
-    processor = FunAsrNanoProcessor.from_pretrained(folder)
-    model = FunAsrNanoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor, device = FunAsrNanoProcessor.from_pretrained(folder), pick_device(device)
+    model = FunAsrNanoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     mend_attention(model)
     order = sorted(range(len(waves)), key=lambda i: len(waves[i]))
     found = [""] * len(waves)
     for start in tqdm(range(0, len(order), batch), desc=f"transcribe ({Path(folder).name})", mininterval=5):
         part = order[start:start + batch]
         inputs = processor.apply_transcription_request(
-            [waves[i] for i in part], language="en", processor_kwargs={"padding": True})
+            [waves[i] for i in part], language="en", processor_kwargs={"padding": True}).to(device)
         with torch.inference_mode():
             out = model.generate(**inputs, do_sample=False, max_new_tokens=200)
         texts = processor.batch_decode(out[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
@@ -403,7 +436,7 @@ def build_sets(args):
         waves = spoken[name]
         keep = [i for i, wave in enumerate(waves) if len(wave) < 30 * corpus.SAMPLE_RATE]
         if name == "d1":    # hard cases [FA]: the policy is wrong and a second recogniser says something else
-            first, second = (transcribe(CHECKPOINTS / r, waves) for r in ("asr", "asr2"))
+            first, second = (transcribe(CHECKPOINTS / r, waves, args.device) for r in ("asr", "asr2"))
             errors = [jiwer.wer(row[0], a) * (a != b) for row, a, b in zip(rows, first, second)]
             hard = [i for i in keep if not repeats_itself(rows[i][0]) and errors[i] > 0.1]
             repeats = [i for i in keep if repeats_itself(rows[i][0])]
@@ -441,11 +474,13 @@ def write_set(folder, rows, waves):
 
 def main(argv=None):
     args = parse_args(argv)
+    made = {"corpus": speak_corpus, "decoded": hear_decoded, "sets": build_sets, "voices": pretrain_tts.speak_voices,
+            "codec": pretrain_tts.train_codec, "tokens": pretrain_tts.encode_corpus, "tts": pretrain_tts.train_tts,
+            "token2text": pretrain_tts.train_token2text, "speaker": pretrain_tts.train_speaker,
+            "texts": pretrain_tts.build_texts,
+            "check_codec": pretrain_tts.check_codec, "check_tts": pretrain_tts.check_tts}
     for stage in args.stages or STAGES:
-        if stage in SIZES:
-            train_recogniser(args, stage)
-        else:
-            {"corpus": speak_corpus, "sets": build_sets}[stage](args)
+        train_recogniser(args, stage) if stage in SIZES else made[stage](args)
 
 
 if __name__ == "__main__":

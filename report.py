@@ -6,6 +6,12 @@ from rewards import edit_counts, normalize_text
 COLUMNS = {"wer": "WER", "insertions": "ins", "deletions": "del", "substitutions": "sub", "keyword_f1": "keyword F1",
            "hallucination_rate": "invented", "length_ratio": "length"}
 
+TTS_ROWS = {"wer": ("WER by the second judge, %", 100), "insertions": ("  insertions, %", 100),
+            "deletions": ("  deletions, %", 100), "substitutions": ("  substitutions, %", 100),
+            "similarity": ("similarity to the voice", 1), "length_ratio": ("length over the recording's", 1),
+            "words_per_s": ("words a second", 1), "f0_spread": ("F0 spread, semitones", 1),
+            "truncated": ("never stopped, %", 100), "repetition": ("in a loop, %", 100)}
+
 
 def percent(share):
     """"12.3 %", or "-" for None."""
@@ -19,6 +25,14 @@ def print_table(before, after):
         pairs = [(before[name][column], after[name][column]) for column in COLUMNS]
         cells = ["-" if b is None else f"{100 * b:.1f} -> {100 * a:.1f}" for b, a in pairs]
         print(f"{name:10}" + "".join(f"{cell:>15}" for cell in cells))
+
+
+def print_tts_table(before, after):
+    """The figures of the test set of a speaking model, before -> after; percent where the title says so."""
+    print(f"\n{'':28}{'before':>8}{'after':>9}")
+    for column, (title, scale) in TTS_ROWS.items():
+        was, now = (f"{scale * m[column]:.{1 if scale > 1 else 3}f}" for m in (before, after))
+        print(f"{title:28}{was:>8} ->{now:>8}")
 
 
 def print_transcripts(references, before, after, language, count=5):

@@ -1,10 +1,18 @@
-"""Rewards and metrics: everything that judges a transcript, as pure functions of text.
+"""Rewards and metrics: what a transcript or a spoken sentence is worth, as pure functions.
 
+Recognition, pure functions of text:
     asr_accuracy        R1   1 - WER, in [0, 1]                                              [paper]
     hallucination       R2   -1 when the transcript holds what was not said                  [paper; the rules are ours]
     keyword_score       R3   mean of keyword precision and recall                            [paper]
     asr_reward               one record with every part and the total
     asr_metrics              the same quantities over a test set: WER, errors by kind, F1, hallucination rate
+Speech:
+    asr_accuracy        R1   of what a judge (a recogniser) makes of the waveform            [paper]
+    duration_reward     R2   distance to the median length of the group                      [paper]
+    diversity_reward    R3   edit distance to the rest of the group, spread of F0            [paper; scales ours]
+    tts_reward               all of them over a step's samples, one record a sample
+    tts_metrics              the figures of a test set
+The models that hear and speak (codec, judge, speaker model) are in judges.py.
 Marks: [paper] arXiv 2509.18569, [FA] its sister report arXiv 2509.12508, [choice] ours. One normaliser serves the
 reward and the evaluation, so that what is trained is what is measured.
 """
@@ -14,6 +22,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 import jiwer
+import numpy as np
+import torch
+import torchaudio
+from rapidfuzz.distance import Levenshtein
 
 # Languages written without spaces between words: their unit of error is the character.
 NO_SPACES = {"zh", "yue", "ja", "th", "lo", "km", "my", "chinese", "cantonese", "japanese", "thai"}
@@ -229,4 +241,126 @@ def asr_metrics(references, hypotheses, keywords=(), language="en"):
         "substitutions": per_token(sub), "keyword_f1": 2 * hits / (claimed + expected) if expected else None,
         "hallucination_rate": sum(invented) / len(invented), "length_ratio": per_token(length - dele + ins),
         "utterances": len(references),
+    }
+
+
+# ---- speech: R2 and R3 -------------------------------------------------------------------------------------
+
+def duration_reward(lengths):
+    """R2 [paper]: -|o_i - T_m| / T_m, T_m the median length of the group: (B, G) tokens -> (B, G), at most 0.
+
+    The median of an even group is the mean of its middle two; a group of empty samples gets 0 [choice].
+    """
+    lengths = lengths.float()
+    median = lengths.quantile(0.5, dim=1, keepdim=True)
+    return -(lengths - median).abs() / median.clamp(min=1)
+
+
+def token_diversity(group):
+    """Of each of G token sequences, the mean edit distance to the other G - 1, over the longer length: G in [0, 1]."""
+    distance = np.array([[Levenshtein.normalized_distance(a, b) for b in group] for a in group])
+    return distance.sum(axis=1) / max(1, len(group) - 1)
+
+
+def f0_spread(waves, rate):
+    """Standard deviation of F0 over voiced frames, in semitones, of each waveform: (N,); 0 where nothing is voiced.
+
+    Pitch by torchaudio (cross-correlation, median-smoothed, frames of 20 ms, 60 to 400 Hz). A frame counts as voiced
+    when it has over a tenth of the loudest frame's amplitude and its pitch lies inside that range [choice].
+    """
+    hop, spread = 160, torch.zeros(len(waves))                  # 20 ms at 8 kHz, where pitch needs no more
+    for i, wave in enumerate(waves):
+        if len(wave) < rate / 2:                                # too short for the tracker's smoothing
+            continue
+        wave = torchaudio.functional.resample(torch.as_tensor(wave, dtype=torch.float32), rate, 8000)
+        pitch = torchaudio.functional.detect_pitch_frequency(wave[None], 8000, 0.02, 15, 60, 400)[0]
+        level = wave.unfold(0, hop, hop).square().mean(dim=1).sqrt()[:len(pitch)]
+        pitch = pitch[:len(level)]
+        voiced = pitch[(level > 0.1 * level.max()) & (pitch > 60) & (pitch < 400)]
+        if len(voiced) > 1:
+            spread[i] = (12 * torch.log2(voiced)).std(correction=0)
+    return spread
+
+
+def diversity_reward(codes, waves, group, rate):
+    """R3 [paper]: token diversity plus pitch diversity, N = B G samples -> (B, G) in [0, 1].
+
+    The mean of `token_diversity` and of F0 spread over 6 semitones, clipped to 1 [the scale is ours].
+    """
+    tokens = np.concatenate([token_diversity(codes[i:i + group]) for i in range(0, len(codes), group)])
+    pitch = (f0_spread(waves, rate) / 6).clamp(max=1)
+    return ((torch.from_numpy(tokens).float() + pitch) / 2).view(-1, group)
+
+
+# ---- speech: the mix ---------------------------------------------------------------------------------------
+
+@dataclass
+class Speech:
+    """One spoken sample, as all rewards see it."""
+
+    text: str                # what was to be said
+    codes: np.ndarray        # (T,) speech tokens, the stop token not among them
+    wave: np.ndarray         # (samples,) float32
+    transcript: str | None   # what the judge heard; None where it failed
+    truncated: bool = False  # no stop token came
+
+    def accuracy(self, language="en"):
+        """R1; silence and an empty transcript get the worst, 0, and NaN says that the judge failed."""
+        return float("nan") if self.transcript is None else asr_accuracy(self.text, self.transcript, language)
+
+
+def tts_reward(speech, group, rewards=("R1",), language="en", rate=16_000):
+    """The rewards of N = B G samples: (total (B, G), {part: (B, G)}, judged (B, G) bool).
+
+    The total is the plain sum of the parts in `rewards` (of "R1", "R2", "R3"); the others are computed for the log,
+    except R3, which costs a pitch tracker. Where the judge failed `judged` is false and the total is the mean of the
+    group's judged samples, so that the failure moves no advantage. Raises ValueError for an unknown part.
+    """
+    unknown = set(rewards) - {"R1", "R2", "R3"}
+    if unknown or not rewards:
+        raise ValueError(f"rewards must be some of R1, R2, R3, not {sorted(rewards)}")
+    accuracy = torch.tensor([s.accuracy(language) for s in speech]).view(-1, group)
+    judged = ~accuracy.isnan()
+    parts = {"R1": accuracy, "R2": duration_reward(torch.tensor([len(s.codes) for s in speech]).view(-1, group))}
+    if "R3" in rewards:
+        parts["R3"] = diversity_reward([s.codes for s in speech], [s.wave for s in speech], group, rate)
+    total = sum(parts[name] for name in rewards)
+    mean = total.nanmean(dim=1, keepdim=True).nan_to_num(0.0)
+    return torch.where(judged, total, mean), parts, judged
+
+
+# ---- speech: metrics ---------------------------------------------------------------------------------------
+
+def repeats(codes, times=8):
+    """Whether one to four tokens stand `times` or more in a row: a loop rather than a held sound [choice]."""
+    for width in range(1, 5):
+        same = np.asarray(codes[width:] == codes[:-width]) if len(codes) > width else np.zeros(0, dtype=bool)
+        run = best = 0
+        for hit in same:
+            run = run + 1 if hit else 0
+            best = max(best, run)
+        if best >= width * (times - 1):
+            return True
+    return False
+
+
+def tts_metrics(speech, similarity, due, tokens_per_s, rate, language="en"):
+    """Figures of one test set of N samples, as a dict of floats.
+
+    `wer` and its kinds by the judge that made the transcripts; `similarity` (N,) cosines to the reference voice;
+    `due` (N,) tokens that each sentence took its reference recording; `f0_spread` in semitones; `words_per_s` of
+    the text over the sound's length; shares of samples `truncated` and in a loop (`repetition`).
+    """
+    heard = [s for s in speech if s.transcript is not None]
+    spoken = np.array([len(s.codes) for s in speech])
+    metrics = asr_metrics([s.text for s in heard], [s.transcript for s in heard], (), language)
+    words = sum(len(normalize_text(s.text, language).split()) for s in speech)
+    return {
+        **{name: metrics[name] for name in ("wer", "insertions", "deletions", "substitutions")},
+        "similarity": float(np.mean(similarity)), "length_ratio": float(spoken.sum() / max(1, sum(due))),
+        "words_per_s": words * tokens_per_s / max(1, int(spoken.sum())),
+        "f0_spread": float(f0_spread([s.wave for s in speech], rate).mean()),
+        "truncated": float(np.mean([s.truncated for s in speech])),
+        "repetition": float(np.mean([repeats(s.codes) for s in speech])),
+        "judge_failed": 1 - len(heard) / len(speech), "utterances": len(speech),
     }

@@ -1,0 +1,148 @@
+"""The frozen models behind the rewards and the evaluation of speech.
+
+    Codec      speech tokens <-> waveform                   `Xcodec2Model`
+    Judge      waveform -> text                             a recogniser
+    Speaker    waveform -> whose voice                      `WavLMForXVector` or its like
+Each loads a folder or a hub id, works in inference mode and in batches, and can live in main memory between its turns
+on the GPU (`offload`): the paper's rotation, on one card.
+"""
+import contextlib
+
+import numpy as np
+import torch
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForAudioXVector,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from data import DataError, load_pretrained, mend_attention
+
+
+class Frozen:
+    """A model that only judges: in inference mode, and with `offload` on the GPU only while it works."""
+
+    def __init__(self, model, device, offload=False):
+        self.device, self.home = device, torch.device("cpu") if offload else device
+        self.model = model.eval().requires_grad_(False).to(self.home)
+
+    @contextlib.contextmanager
+    def at_work(self):
+        self.model.to(self.device)
+        with torch.inference_mode():
+            yield self.model
+        self.model.to(self.home)
+
+
+class Codec(Frozen):
+    """Speech tokens <-> waveform at `rate` Hz, `tokens_per_s` of them: an `Xcodec2Model`."""
+
+    def __init__(self, name, device, offload=False):
+        self.extractor = load_pretrained(AutoFeatureExtractor, name, flag="--codec")
+        model = load_pretrained(AutoModel, name, flag="--codec", dtype=torch.float32)
+        if not hasattr(model, "acoustic_decoder"):
+            raise DataError(f"--codec {name}: is a {type(model).__name__}; Xcodec2Model is what this script drives")
+        self.rate, self.hop = self.extractor.sampling_rate, model.config.hop_length
+        self.tokens_per_s, self.count = self.rate / self.hop, int(np.prod(model.config.quantization_levels))
+        super().__init__(model, torch.device("cpu"))
+        self.decoder_device, self.offload = device, offload
+
+    def encode(self, waves):
+        """float32 waveforms (samples,) -> their code arrays (T,), one by one: padding would reach into the codes."""
+        with self.at_work() as model:
+            inputs = [self.extractor(w, sampling_rate=self.rate, return_tensors="pt") for w in waves]
+            return [model.encode(**i).audio_codes[0, 0].numpy() for i in inputs]
+
+    def decoder_only(self):
+        """Drops the encoder, half of the model, and moves the rest to its place; call it when all is encoded."""
+        for part in ("semantic_encoder", "semantic_adapter", "acoustic_encoder", "fc_encoder"):
+            setattr(self.model, part, None)
+        super().__init__(self.model, self.decoder_device, self.offload)
+        return self
+
+    def decode(self, codes, most=16_000):
+        """Code arrays -> float32 waveforms, at most `most` tokens at a time; no tokens give no samples.
+
+        The decoder normalises over time and attends to all of it, without positions: padding with one code changes
+        the whole row (12 dB of error on the embedded codec), padding with the row itself nearly nothing (31 dB).
+        """
+        waves = [np.zeros(0, dtype=np.float32)] * len(codes)
+        order = sorted((i for i in range(len(codes)) if len(codes[i])), key=lambda i: len(codes[i]))
+        with self.at_work() as model:
+            while order:
+                longest = len(codes[order[-1]])
+                part, order = order[-max(1, most // longest):], order[:-max(1, most // longest)]
+                ids = torch.from_numpy(np.stack([np.resize(codes[i], longest) for i in part])).to(self.device)
+                audio = model.decode(ids[:, None]).audio_values[:, 0].float().cpu().numpy()
+                for i, wave in zip(part, audio):
+                    waves[i] = wave[:len(codes[i]) * self.hop]
+        return waves
+
+
+class Judge(Frozen):
+    """A recogniser that reads waveforms greedily: any model whose processor takes transcription requests."""
+
+    def __init__(self, name, device, offload=False, language="en", flag="--judge"):
+        self.processor, self.language = load_pretrained(AutoProcessor, name, flag=flag), language
+        if not hasattr(self.processor, "apply_transcription_request"):
+            raise DataError(f"{flag} {name}: its processor takes no transcription requests; a Fun-ASR-Nano model does")
+        self.rate = self.processor.feature_extractor.sampling_rate
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        super().__init__(mend_attention(load_pretrained(AutoModelForMultimodalLM, name, flag=flag, dtype=dtype)),
+                         device, offload)
+
+    def transcribe(self, waves, batch=64):
+        """Waveforms (samples,) at `rate` -> their texts. "" for less than 0.1 s; None where the judge failed."""
+        texts = ["" if np.isfinite(w).all() else None for w in waves]
+        order = sorted((i for i, w in enumerate(waves) if texts[i] == "" and len(w) >= 0.1 * self.rate),
+                       key=lambda i: len(waves[i]))
+        with self.at_work():
+            for start in range(0, len(order), batch):
+                part = order[start:start + batch]
+                for i, text in zip(part, self.read([waves[i] for i in part])):
+                    texts[i] = text
+        return texts
+
+    def read(self, waves):
+        """The texts of one batch; when it fails, of its halves, so that one bad sample costs only itself."""
+        try:
+            inputs = self.processor.apply_transcription_request(waves, language=self.language,
+                                                                processor_kwargs={"padding": True}).to(self.device)
+            inputs["input_features"] = inputs["input_features"].to(self.model.dtype)
+            limit = 16 + int(8 * max(map(len, waves)) / self.rate)
+            out = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=limit)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError):
+            if len(waves) == 1:
+                return [None]
+            half = len(waves) // 2
+            return self.read(waves[:half]) + self.read(waves[half:])
+        texts = self.processor.batch_decode(out[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
+class Speaker(Frozen):
+    """Whose voice it is: x-vectors of a `WavLMForXVector` or its like."""
+
+    def __init__(self, name, device, offload=False):
+        self.extractor = load_pretrained(AutoFeatureExtractor, name, flag="--speaker")
+        super().__init__(load_pretrained(AutoModelForAudioXVector, name, flag="--speaker", dtype=torch.float32), device,
+                         offload)
+        self.rate = self.extractor.sampling_rate
+
+    def embed(self, waves):
+        """Waveforms (samples,) -> unit vectors (N, D), one by one: these models normalise over time. Zeros for less
+        than 0.2 s, whose cosine with any voice is 0."""
+        found = []
+        with self.at_work() as model:
+            for wave in waves:
+                if len(wave) < 0.2 * self.rate or not np.isfinite(wave).all():
+                    found.append(None)
+                    continue
+                inputs = self.extractor(wave, sampling_rate=self.rate, return_tensors="pt").to(self.device)
+                found.append(torch.nn.functional.normalize(model(**inputs).embeddings[0].float(), dim=0).cpu())
+        width = next((len(v) for v in found if v is not None), 1)
+        return torch.stack([torch.zeros(width) if v is None else v for v in found])
