@@ -331,15 +331,13 @@ def tts_reward(speech, group, rewards=("R1",), language="en", rate=16_000):
 
 # ---- speech: metrics ---------------------------------------------------------------------------------------
 
-def repeats(codes, times=8):
-    """Whether one to four tokens stand `times` or more in a row: a loop rather than a held sound [choice]."""
-    for width in range(1, 5):
-        same = np.asarray(codes[width:] == codes[:-width]) if len(codes) > width else np.zeros(0, dtype=bool)
-        run = best = 0
-        for hit in same:
-            run = run + 1 if hit else 0
-            best = max(best, run)
-        if best >= width * (times - 1):
+def repeats(codes, least=25):
+    """Whether `least` tokens or more in a row only repeat those 1 to 8 places before: a loop, not a held sound, when
+    that is a second of speech or more [choice]."""
+    for width in range(1, 9):
+        same = np.concatenate([[0], codes[width:] == codes[:-width], [0]])
+        changes = np.flatnonzero(np.diff(same))
+        if len(changes) and (changes[1::2] - changes[::2]).max() >= least:
             return True
     return False
 
