@@ -52,8 +52,8 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=int, default=200)
     g.add_argument("--batch", type=int, default=4, help="B, texts a step (paper: 16)")
     g.add_argument("--group", type=int, default=8, help="G, samples a text (paper: 8)")
-    g.add_argument("--micro", type=int, default=16, help="samples in one forward and backward; changes memory and speed "
-                   "alone (default: 16, the best on a CPU)")
+    g.add_argument("--micro", type=int, default=16, help="samples in one forward and backward; changes memory and "
+                   "speed alone (default: 16, the best on a CPU)")
     g.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the log-probs (paper: 1)")
     g.add_argument("--lr", type=float, default=3e-4, help="AdamW on LoRA (default: 3e-4; paper, all weights: 1e-5)")
     g.add_argument("--clip", type=float, default=0.2, help="eps of Eq. 3")
