@@ -40,7 +40,7 @@ def speaker_of_text():
     with torch.no_grad():
         for name, weight in policy.named_parameters():
             if "lora_B" in name:
-                weight.normal_(0, 0.02, generator=generator)
+                weight.normal_(0, 0.003, generator=generator)
     return args, tokenizer, policy, models, code, voices, (recordings, heard)
 
 
@@ -194,7 +194,8 @@ def test_similarity_is_higher_for_the_same_voice(speaker_of_text):
     speaker, voices, recordings = speaker_of_text[3][3], speaker_of_text[5], speaker_of_text[6][0]
     names = [s.voice for s in load_sentences("data/tts/test")[:10]]
     alike = speaker.embed(recordings) @ torch.stack([v.vector for v in voices]).T          # (10, voices)
-    assert alike.argmax(dim=1).tolist() == [[v.name for v in voices].index(name) for name in names]
+    same = torch.tensor([[v.name == name for v in voices] for name in names])
+    assert alike[same].min() > 0.85 and alike[same].mean() > alike[~same].mean() + 0.4
     assert (speaker.embed([np.zeros(0, np.float32), recordings[0]])[0] == 0).all()
 
 
@@ -241,6 +242,7 @@ def test_pitfall_2_and_15_every_sample_goes_with_its_own_text_whatever_is_beside
 
 def test_pitfall_4_sampling_is_untruncated_and_ignores_the_generation_config(speaker_of_text):
     policy, prompts = speaker_of_text[2], prompts_of(speaker_of_text)[:1]
+    prompts = Prompts(prompts.ids[:, -8:], prompts.mask[:, -8:])             # 3,000 copies of a long one would not fit
     config = policy.get_base_model().generation_config
     saved = copy.deepcopy(config.to_dict())
     config.update(do_sample=True, top_k=2, temperature=0.1)
