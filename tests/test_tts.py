@@ -44,7 +44,10 @@ def speaker_of_text():
     return args, tokenizer, policy, models, code, voices, (recordings, heard)
 
 
-def prompts_of(made, texts=("anna met peter in rome", "the large horse ran slowly through the old garden")):
+TEXTS = ("marian told anna a cheap story about the falcon", "the animal near the market belongs to walter")
+
+
+def prompts_of(made, texts=TEXTS):
     return make_prompts(made[1], texts, made[5][:len(texts)], CPU)
 
 
@@ -214,7 +217,7 @@ def test_the_prompt_is_that_of_llasa(speaker_of_text):
     prompts = prompts_of(speaker_of_text)
     said = tokenizer.decode(prompts.ids[0][prompts.mask[0].bool()])
     assert said.startswith("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nConvert the text to speech:"
-                           f"<|TEXT_UNDERSTANDING_START|>{voices[0].text} anna met peter in rome<|TEXT_UNDER")
+                           f"<|TEXT_UNDERSTANDING_START|>{voices[0].text} {TEXTS[0]}<|TEXT_UNDER")
     assert said.endswith(f"{grpo_tts.START}" + "".join(f"<|s_{c}|>" for c in voices[0].codes))
 
 
