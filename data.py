@@ -33,6 +33,8 @@ import transformers
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
 
+from rewards import normalize_text
+
 EMBEDDED = Path(__file__).resolve().parent / "data"
 SHORTEST = 0.1  # seconds; a shorter clip has hardly a frame of features
 
@@ -148,16 +150,17 @@ def read_lines(table, read, skip_bad=False):
 
 @dataclass(frozen=True)
 class Sentence:
-    """A text to be spoken; `seconds` of its recording where there is one, else 0."""
+    """A text to be spoken; `seconds` of its recording and its speech tokens where there are such."""
 
     text: str
     voice: str = ""
     seconds: float = 0.0
+    codes: tuple = ()
 
 
 def load_sentences(path, skip_bad=False):
     """Texts to be spoken: a plain text file with one a line, or a metadata.jsonl or its folder ("text" is needed;
-    "voice" and "file_name", a recording, are used where they are given)."""
+    "voice", "file_name", a recording, and "tokens", its speech tokens, are used where they are given)."""
     path = Path(path)
     table = path / "metadata.jsonl" if path.is_dir() else path
     if not table.is_file():
@@ -172,8 +175,12 @@ def load_sentences(path, skip_bad=False):
             raise DataError("no word in it that could be said")
         name, seconds = row.get("file_name"), 0.0
         if name:
+            parse_row(line, "file_name")
             seconds = len(read_audio(table.parent / name, 16_000)) / 16_000
-        return Sentence(" ".join(row["text"].split()), str(row.get("voice") or ""), seconds)
+        codes = row.get("tokens") or []
+        if not isinstance(codes, list) or not all(type(c) is int and c >= 0 for c in codes):
+            raise DataError('"tokens" must be a list of whole numbers')
+        return Sentence(" ".join(row["text"].split()), str(row.get("voice") or ""), seconds, tuple(codes))
 
     return read_lines(table, read, skip_bad)
 
@@ -184,16 +191,16 @@ def split_sentences(args):
     texts = [s for path in args.data for s in load_sentences(path, args.skip_bad)]
     if args.test or all(Path(path).resolve().is_relative_to(EMBEDDED) for path in args.data):
         tests = load_sentences(args.test or EMBEDDED / "tts" / "test", args.skip_bad)
-        known = {s.text for s in tests}
-        kept = [s for s in texts if s.text not in known]
-        if len(kept) < len(texts):
-            print(f"{len(texts) - len(kept)} texts of --data are in the test set too: left out of the training")
-        texts = kept
     else:
         order = np.random.default_rng(args.seed).permutation(len(texts))
         held = min(100, max(1, len(texts) // 10))
         tests, texts = [texts[i] for i in order[:held]], [texts[i] for i in order[held:]]
         print(f"no --test given: {held} texts of --data are held out as the test set")
+    known = {normalize_text(s.text, args.language) for s in tests}
+    kept = [s for s in texts if normalize_text(s.text, args.language) not in known]
+    if len(kept) < len(texts):
+        print(f"{len(texts) - len(kept)} texts of --data are in the test set too: left out of the training")
+    texts = kept
     if len(texts) < args.batch:
         raise DataError(f"{len(texts)} texts to train on, fewer than --batch {args.batch}")
     return texts, tests
@@ -262,10 +269,12 @@ class RunLog:
         """
         self.folder = Path(folder)
         if resume_at is None:
-            if (self.folder / "log.jsonl").exists():
+            if (self.folder / "log.jsonl").exists() and (self.folder / "state.pt").exists():
                 raise DataError(f"{self.folder}: holds a run already; continue it with --resume {self.folder}, "
                                 "or give another --out")
             self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("log", "samples"):             # of a run that ended before it had anything to save
+                (self.folder / f"{name}.jsonl").unlink(missing_ok=True)
             self.write("log", header)
         else:
             for name in ("log", "samples"):
@@ -419,12 +428,16 @@ def load_pretrained(auto_class, name, flag="--model", **options):
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "checkpoints/"))):
         raise DataError(f"{flag} {name}: no such folder, and not of the form OWNER/NAME of a hub id")
     try:
-        if hasattr(auto_class, "_model_mapping"):
-            options = {"use_safetensors": True, **options}
-        return auto_class.from_pretrained(name, **options)
+        if not hasattr(auto_class, "_model_mapping"):
+            return auto_class.from_pretrained(name, **options)
+        model, found = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{flag} {name}: cannot be loaded ({reason})") from None
+    if found["missing_keys"]:       # transformers would fill them with random numbers
+        raise DataError(f"{flag} {name}: has no weights for {sorted(found['missing_keys'])[0]} of "
+                        f"{type(model).__name__}: made for another task?")
+    return model
 
 
 def mend_attention(model):

@@ -165,7 +165,8 @@ class _TokenLogprobs(torch.autograd.Function):
 def token_logprobs(logits, ids, temperature=1.0):
     """log pi(o_it): (N, T, V), (N, T) -> (N, T) in fp32 or better, under the temperature that sampled.
 
-    Beside the logits themselves and, in the backward pass, their gradient in their own precision, it needs 64 MiB.
+    Beside the logits themselves and, in the backward pass, their gradient in their own precision, it needs 64 MiB, or
+    one row of logits in fp32 where that is more.
     """
     return _TokenLogprobs.apply(logits, ids, temperature)
 

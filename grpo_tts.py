@@ -17,7 +17,7 @@ rotation (--offload is the same idea on one card).
     python grpo_tts.py --model HKUSTAudio/Llasa-1B --codec HKUSTAudio/xcodec2-hf --judge HUB_ID --second-judge HUB_ID \
         --speaker microsoft/wavlm-base-plus-sv --data texts.txt --voices DIR --quantize 8bit --offload --lr 1e-5
 
-Last line:  WER by the second judge: 24.1 % -> ... % in 200 steps.  Everything is in runs/grpo_tts-...
+Last line:  WER by the second judge: 26.3 % -> @@ % in 200 steps.  Everything is in runs/grpo_tts-...
 """
 import argparse
 import logging
@@ -38,8 +38,8 @@ def parse_args(argv=None):
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--offload", action="store_true", help="codec, judges and speaker model wait in main memory")
     g = p.add_argument_group("data and rewards")
-    g.add_argument("--data", nargs="+", default=["data/tts/train.txt"], metavar="FILE",
-                   help="texts: a line each, or a metadata.jsonl or its folder (default: data/tts/train.txt)")
+    g.add_argument("--data", nargs="+", default=["data/tts/train.jsonl"], metavar="FILE",
+                   help="texts: a line each, or a metadata.jsonl or its folder (default: data/tts/train.jsonl)")
     g.add_argument("--test", metavar="FILE", help="other texts, to test on, with recordings where there are any "
                    "(default: data/tts/test; a tenth of --data where that is given)")
     g.add_argument("--voices", default="data/tts/voices", metavar="DIR",
@@ -138,7 +138,7 @@ def load(args, device):
     if args.quantize == "4bit" and device.type == "cpu":
         raise DataError("--quantize 4bit needs a GPU: on the CPU bitsandbytes has no gradient for it; 8bit has")
     tokenizer = load_pretrained(AutoTokenizer, args.model)
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or END
     if {START, END, "<|s_0|>"} - set(tokenizer.get_vocab()) or not tokenizer.chat_template:
         raise DataError(f"--model {args.model}: its tokenizer has no speech tokens <|s_0|>, {START}, {END} and chat "
                         "template; this script drives Llasa and models of its form")
@@ -153,6 +153,8 @@ def load(args, device):
 
 def load_judges(args, device):
     """The codec, the judge that rewards, the second judge and the speaker model, all frozen."""
+    if args.judge == args.second_judge:
+        raise DataError("--second-judge must not be --judge: what is reported would be what was trained on")
     codec = Codec(args.codec, device, args.offload)
     judges = [Judge(name, device, args.offload, args.language, flag)
               for name, flag in ((args.judge, "--judge"), (args.second_judge, "--second-judge"))]
@@ -163,7 +165,7 @@ def load_judges(args, device):
     return codec, *judges, speaker
 
 
-@dataclass
+@dataclass(eq=False)
 class Voice:
     """A reference to go on from: what it says, as text, speech tokens and x-vector."""
 
@@ -183,16 +185,35 @@ def load_voices(args, codec, speaker):
     return voices
 
 
-def speech_tokens(tokenizer, codec):
-    """(V,) -> the codec's code of every token of the vocabulary, -1 for those that are not speech."""
+def voices_of(sentences, voices):
+    """The voice of each sentence: the one it names, else the next in turn."""
+    named = {v.name: v for v in voices}
+    return [named.get(s.voice, voices[i % len(voices)]) for i, s in enumerate(sentences)]
+
+
+def speech_tokens(tokenizer, codec, size):
+    """(size,) the codec's code of every token of the LLM's vocabulary, -1 for those that are not speech."""
     vocabulary = tokenizer.get_vocab()
-    code = torch.full((max(vocabulary.values()) + 1,), -1)
+    code = torch.full((max(size, max(vocabulary.values()) + 1),), -1)
     for token, i in vocabulary.items():
         if found := re.fullmatch(r"<\|s_(\d+)\|>", token):
             code[i] = int(found[1])
-    if int(code.max()) >= codec.count:
-        raise DataError(f"--model speaks {int(code.max()) + 1} codes and --codec knows {codec.count}: not made for it")
+    if code[code >= 0].sort().values.tolist() != list(range(codec.count)):
+        raise DataError(f"--model speaks {int((code >= 0).sum())} codes, up to {int(code.max())}, and --codec knows "
+                        f"{codec.count}: not made for each other")
     return code
+
+
+def check_lengths(policy, tokenizer, sentences, voices, limit, codec):
+    """DataError where the longest prompt and the longest speech do not fit the LLM, or speech is bound to be cut."""
+    if limit < codec.tokens_per_s:
+        raise DataError(f"--max-seconds {limit / codec.tokens_per_s:g}: give a second of speech or more")
+    longest = max(sentences, key=lambda s: len(s.text))
+    ids = make_prompts(tokenizer, [longest.text] * len(voices), voices, "cpu").ids   # (voices, L)
+    room = getattr(policy.config, "max_position_embeddings", None) or float("inf")
+    if ids.shape[1] + limit > room:
+        raise DataError(f"the longest prompt has {ids.shape[1]} tokens, with {limit} of speech more than the {room} "
+                        "positions of the LLM: shorter recordings in --voices, or a lower --max-seconds")
 
 
 # ---- sample ------------------------------------------------------------------------------------------------
@@ -225,7 +246,8 @@ def make_prompts(tokenizer, texts, voices, device):
                f"{voice.text} {text}<|TEXT_UNDERSTANDING_END|>"},
               {"role": "assistant", "content": START + "".join(f"<|s_{c}|>" for c in voice.codes)}]
              for text, voice in zip(texts, voices)]
-    strings = tokenizer.apply_chat_template(chats, tokenize=False, continue_final_message=True)
+    strings = tokenizer.apply_chat_template(chats, tokenize=False, continue_final_message=True,
+                                            date_string="26 Jul 2024")  # Llama's template would write today's
     inputs = tokenizer(strings, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
     return Prompts(inputs.input_ids, inputs.attention_mask)
 
@@ -315,9 +337,7 @@ def evaluate(policy, tokenizer, tests, voices, models, code, args, device, due=N
     the lengths to compare with, in tokens; None = the samples' own.
     """
     codec, _, second, speaker = models
-    named = {v.name: v for v in voices}
-    chosen = [named.get(s.voice, voices[i % len(voices)]) for i, s in enumerate(tests)]
-    speech, limit = [], int(args.max_seconds * codec.tokens_per_s)
+    chosen, speech, limit = voices_of(tests, voices), [], int(args.max_seconds * codec.tokens_per_s)
     for start in range(0, len(tests), batch):
         part = slice(start, start + batch)
         prompts = make_prompts(tokenizer, [s.text for s in tests[part]], chosen[part], device)
@@ -330,31 +350,32 @@ def evaluate(policy, tokenizer, tests, voices, models, code, args, device, due=N
     similarity = (speaker.embed([s.wave for s in speech]) @ torch.stack([v.vector for v in voices]).T)[
         range(len(tests)), [voices.index(v) for v in chosen]]
     due = [len(s.codes) for s in speech] if due is None else due
+    if all(s.transcript is None for s in speech):
+        raise DataError(f"--second-judge {args.second_judge}: failed on every test sentence")
     return speech, tts_metrics(speech, similarity.tolist(), due, codec.tokens_per_s, codec.rate, args.language)
 
 
-def self_check(policy, prompts, args, limit, stop, device):
+def self_check(policy, prompts, others, args, limit, stop, device):
     """The pitfalls that stay silent, tried on the first batch before anything is trained; one line says how it went.
 
     The trained log-probs are the sampler's (ratio 1), the reference is the untrained policy (KL 0), and the text
-    reaches them: under the prompt of another text the same samples must be less likely.
+    reaches them: asked for another text in the same voice (`others`), the same samples must be less likely.
     """
     count, group = max(1, min(len(prompts.ids), args.micro // args.group)), min(args.group, args.micro)
     rollout = sample(policy, prompts[:count], group, limit, stop, args.temperature,
                      generator_for(args.seed, 0, device))
-    others = Prompts(prompts.ids.roll(1, 0), prompts.mask.roll(1, 0))[:count]
     with torch.no_grad():
         logps = [completion_logprobs(policy, p, rollout.ids, rollout.mask, group, args.temperature)
-                 for p in (prompts[:count], others)]
+                 for p in (prompts[:count], others[:count])]
         with policy.disable_adapter():
             ref_logp = completion_logprobs(policy, prompts[:count], rollout.ids, rollout.mask, group, args.temperature)
     mean = lambda x: float(x[rollout.mask].mean())  # noqa: E731
     ratio, kl = mean((logps[0] - rollout.logp).exp().sub(1).abs()), mean(kl_k3(logps[0], ref_logp))
-    text = mean((logps[0] - logps[1]).abs())
+    text = mean(logps[0] - logps[1])
     exact = next(policy.parameters()).dtype == torch.float32 and args.quantize == "none"
     tolerance = 1e-3 if exact else 0.05
-    line = f"|ratio - 1| {ratio:.1e}, KL {kl:.1e}, other text moves log-probs by {text:.2f} nats"
-    if not (ratio <= tolerance and (kl <= tolerance or args.resume) and (text >= 1e-3 or len(prompts.ids) == 1)):
+    line = f"|ratio - 1| {ratio:.1e}, KL {kl:.1e}, another text costs {text:.2f} nats a token"
+    if not (ratio <= tolerance and (kl <= tolerance or args.resume) and text >= 1e-3):  # so written, NaN fails
         raise DataError(f"check failed: {line}. This model's sampling and training paths disagree, or it does not read")
     print(f"check: {line}")
 
@@ -385,10 +406,11 @@ def train(args):
     quiet()
     tokenizer, policy = load(args, device)
     codec, judge, second, speaker = models = load_judges(args, device)
-    code, stop = speech_tokens(tokenizer, codec), tokenizer.convert_tokens_to_ids(END)
+    code, stop = speech_tokens(tokenizer, codec, policy.config.vocab_size), tokenizer.convert_tokens_to_ids(END)
     texts, tests = split_sentences(args)
     voices = load_voices(args, codec, speaker)
     limit, rewards = int(args.max_seconds * codec.tokens_per_s), args.rewards.split(",")
+    check_lengths(policy, tokenizer, texts + tests, voices, limit, codec)
     weights = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0)
     phase, first, state = Phases(device), 0, {}
@@ -398,21 +420,25 @@ def train(args):
         optimizer.param_groups[0]["lr"] = args.lr
 
     def prompts_of(step):
-        """The texts of a step, each in a voice: a function of the seed and the step."""
-        order = batch_indices(step, len(texts), args.batch, args.seed)
-        chosen = [voices[(step * args.batch + j) % len(voices)] for j in range(args.batch)]
-        batch = [texts[i].text for i in order]
-        return batch, make_prompts(tokenizer, batch, chosen, device)                # (B, L)
+        """The texts of a step, and their prompts in a voice each: a function of the seed and the step."""
+        batch = [texts[i] for i in batch_indices(step, len(texts), args.batch, args.seed)]
+        said, chosen = [s.text for s in batch], voices_of(batch, voices)
+        return said, make_prompts(tokenizer, said, chosen, device), chosen          # (B, L)
 
+    said, prompts, chosen = prompts_of(0)
+    other = next((t.text for t in texts if t.text not in said), said[-1] + " " + said[0])
+    others = make_prompts(tokenizer, [other] * args.batch, chosen, device)
+    self_check(policy, prompts, others, args, limit, stop, device)
     folder = Path(args.resume or args.out or new_run_folder("grpo_tts"))
     log = RunLog(folder, run_header(args, device, trained=sum(w.numel() for w in weights)),
                  first if args.resume else None)
-    self_check(policy, prompts_of(0)[1], args, limit, stop, device)
     due = [s.seconds * codec.tokens_per_s for s in tests]
     given = (tokenizer, tests, voices, models, code, args, device)
     with phase("evaluate"), policy.disable_adapter():
         before = evaluate(policy, *given, due if all(due) else None)
-        due = due if all(due) else [len(s.codes) for s in before[0]]
+        if not all(due):
+            print("not every test text has a recording: lengths are compared with those before training")
+            due = [len(s.codes) for s in before[0]]
     if not args.resume:
         state |= {"best": before[1]["wer"], "best_step": 0, "step": 0}
         policy.save_pretrained(folder / "adapter")
@@ -428,7 +454,7 @@ def train(args):
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, dynamic_ncols=True, leave=False, disable=None)
     for step in bar:
         # 1 prompts
-        batch, prompts = prompts_of(step)
+        batch, prompts, _ = prompts_of(step)
         # 2 sample
         with phase("rollout"):
             rollout = sample(policy, prompts, args.group, limit, stop, args.temperature,
@@ -442,8 +468,9 @@ def train(args):
             speech = [Speech(*row) for row in zip(said, codes, waves, judge.transcribe(waves),
                                                   rollout.truncated.tolist())]
             reward, parts, judged = tts_reward(speech, args.group, rewards, args.language, codec.rate)   # (B, G)
-        # 4 advantage
-        advantage = group_advantages(reward).to(device)                             # (B, G)  Eq. 1
+        # 4 advantage; samples without a judgement stand at the mean, which would shrink the spread of the others
+        advantage = group_advantages(reward) * judged.float().mean(dim=1, keepdim=True).sqrt()   # (B, G)  Eq. 1
+        advantage = advantage.to(device)
         mask = rollout.mask & judged.view(-1, 1).to(device)     # a sample that the judge failed on teaches nothing
         with phase("update"):
             passes = []
@@ -506,7 +533,8 @@ def describe(step, args, phase, rollout, speech, reward, parts, judged, codec, d
         "wer": 1 - sum(s.accuracy(args.language) for s in heard) / max(1, len(heard)),  # per sample, clipped at 1
         "judge_failed": int((~judged).sum()), "empty": share(s.transcript == "" for s in speech),
         "tokens": float(lengths.mean()), "speech_s": float(lengths.mean()) / codec.tokens_per_s,
-        "truncated": float(rollout.truncated.float().mean()), "repetition": share(repeats(s.codes) for s in speech),
+        "truncated": float(rollout.truncated.float().mean()),
+        "repetition": share(repeats(s.codes, round(codec.tokens_per_s)) for s in speech),
         "tokens_per_s": tokens / seconds["rollout"],
         "kl": float(kl.mean()), "entropy": float(rollout.entropy[rollout.mask].mean()),
         "clipped": float(((drift.exp() - 1).abs() > args.clip).float().mean()), "grad_norm": float(norm), "lr": args.lr,
@@ -535,15 +563,17 @@ def finish(policy, given, due, before, state, folder, log, phase, listened=10):
     heard = [[s.transcript or "" for s in found[0]] for found in (before, after)]
     print_transcripts([s.text for s in before[0]], *heard, args.language)
     print_times(phase, state["step"])
-    rows = [{"text": b.text, "voice": s.voice, "before": {"wave": b.wave, "transcript": b.transcript or ""},
+    rows = [{"text": b.text, "voice": v.name, "before": {"wave": b.wave, "transcript": b.transcript or ""},
              "after": {"wave": a.wave, "transcript": a.transcript or ""}}
-            for s, b, a in list(zip(given[1], before[0], after[0]))[:listened]]
-    page = write_page(folder / "samples", rows, codec.rate, f"Before and after {state['step']} steps", args.language)
+            for v, b, a in list(zip(voices_of(given[1], given[2]), before[0], after[0]))[:listened]]
+    title = f"Before and after {state['best_step']} steps"
+    page = write_page(folder / "samples", rows, codec.rate, title, args.language)
     was, now = before[1]["wer"], after[1]["wer"]
     log.summary({
         "metric": "WER by the second judge, sampled, best adapter", "before": was, "after": now, "best": state["best"],
-        "best_step": state["best_step"], "steps": state["step"], "seconds": sum(phase.total.values()),
-        "phase_seconds": phase.total, "peak_memory_gib": phase.peak_gib(), "peak_by_phase_gib": phase.peaks,
+        "best_step": state["best_step"], "last": state.get("last", was), "steps": state["step"],
+        "seconds": sum(phase.total.values()), "phase_seconds": phase.total, "peak_memory_gib": phase.peak_gib(),
+        "peak_by_phase_gib": phase.peaks,
         "test": {"before": before[1], "after": after[1]}})
     change = f" ({100 * (now - was) / was:+.0f} %)" if was else ""
     print(f"to listen: {page}\nWER by the second judge: {percent(was)} -> {percent(now)}{change} in {state['step']} "

@@ -3,6 +3,7 @@
     Codec      speech tokens <-> waveform                   `Xcodec2Model`
     Judge      waveform -> text                             a recogniser
     Speaker    waveform -> whose voice                      `WavLMForXVector` or its like
+    Token2Text speech tokens -> log P(text)                 the reward model of DiffRO
 Each loads a folder or a hub id, works in inference mode and in batches, and can live in main memory between its turns
 on the GPU (`offload`): the paper's rotation, on one card.
 """
@@ -15,7 +16,9 @@ from transformers import (
     AutoModel,
     AutoModelForAudioXVector,
     AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
     AutoProcessor,
+    AutoTokenizer,
 )
 
 from data import DataError, load_pretrained, mend_attention
@@ -92,6 +95,11 @@ class Judge(Frozen):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         super().__init__(mend_attention(load_pretrained(AutoModelForMultimodalLM, name, flag=flag, dtype=dtype)),
                          device, offload)
+        try:                                     # half a second of noise: what fails here would fail on every sample
+            with self.at_work():
+                self.hear([0.1 * np.random.default_rng(0).standard_normal(self.rate // 2).astype(np.float32)])
+        except ValueError as error:
+            raise DataError(f"{flag} {name} with --language {language}: refuses to transcribe ({error})") from None
 
     def transcribe(self, waves, batch=64):
         """Waveforms (samples,) at `rate` -> their texts. "" for less than 0.1 s; None where the judge failed."""
@@ -108,11 +116,7 @@ class Judge(Frozen):
     def read(self, waves):
         """The texts of one batch; when it fails, of its halves, so that one bad sample costs only itself."""
         try:
-            inputs = self.processor.apply_transcription_request(waves, language=self.language,
-                                                                processor_kwargs={"padding": True}).to(self.device)
-            inputs["input_features"] = inputs["input_features"].to(self.model.dtype)
-            limit = 16 + int(8 * max(map(len, waves)) / self.rate)
-            out = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=limit)
+            return self.hear(waves)
         except torch.cuda.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError):
@@ -120,8 +124,16 @@ class Judge(Frozen):
                 return [None]
             half = len(waves) // 2
             return self.read(waves[:half]) + self.read(waves[half:])
-        texts = self.processor.batch_decode(out[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+
+    def hear(self, waves):
+        """The texts of one batch, at most 16 tokens and 8 a second of its own sound for each."""
+        inputs = self.processor.apply_transcription_request(waves, language=self.language,
+                                                            processor_kwargs={"padding": True}).to(self.device)
+        inputs["input_features"] = inputs["input_features"].to(self.model.dtype)
+        limits = [16 + int(8 * len(w) / self.rate) for w in waves]
+        out = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max(limits))
+        rows = [row[:limit] for row, limit in zip(out[:, inputs.input_ids.shape[1]:], limits)]
+        return [text.strip() for text in self.processor.batch_decode(rows, skip_special_tokens=True)]
 
 
 class Speaker(Frozen):
@@ -144,5 +156,40 @@ class Speaker(Frozen):
                     continue
                 inputs = self.extractor(wave, sampling_rate=self.rate, return_tensors="pt").to(self.device)
                 found.append(torch.nn.functional.normalize(model(**inputs).embeddings[0].float(), dim=0).cpu())
-        width = next((len(v) for v in found if v is not None), 1)
-        return torch.stack([torch.zeros(width) if v is None else v for v in found])
+        nothing = torch.zeros(self.model.config.xvector_output_dim)
+        return torch.stack([nothing if v is None else v for v in found])
+
+
+class Token2Text(Frozen):
+    """log P(text | speech tokens), the reward model of DiffRO: what `python pretrain.py token2text` makes."""
+
+    def __init__(self, name, device, codes):
+        self.tokenizer = load_pretrained(AutoTokenizer, name, flag="--token2text")
+        model = load_pretrained(AutoModelForSeq2SeqLM, name, flag="--token2text", dtype=torch.float32)
+        self.first = getattr(model.config, "first_speech_token", None)
+        if self.first is None or self.first + codes > model.config.vocab_size:
+            raise DataError(f"--token2text {name}: does not read the {codes} codes of the codec; python pretrain.py "
+                            "token2text --tokens DIR trains one that does")
+        super().__init__(model, device)
+
+    def text_ids(self, texts):
+        """Texts -> its own tokens (N, S), the end of text included, and their mask."""
+        rows = [torch.tensor(self.tokenizer(t, add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id])
+                for t in texts]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids.to(self.device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(self.device)
+
+    def read(self, codes, most=150):
+        """Code arrays -> texts, greedily: its own word on what was said. No codes give no text."""
+        spoken = [i for i in range(len(codes)) if len(codes[i])]
+        rows = [torch.from_numpy(np.asarray(codes[i])) + self.first for i in spoken]
+        texts = [""] * len(codes)
+        if rows:
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+            with self.at_work() as model:
+                out = model.generate(input_ids=ids.to(self.device), do_sample=False, num_beams=1, max_new_tokens=most,
+                                     attention_mask=(ids != self.tokenizer.pad_token_id).long().to(self.device))
+            for i, text in zip(spoken, self.tokenizer.batch_decode(out, skip_special_tokens=True)):
+                texts[i] = text.strip()
+        return texts

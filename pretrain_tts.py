@@ -399,15 +399,22 @@ def check_tts(args, count=128):
 # ---- texts, voices and tests of chapters 2 and 3 ----------------------------------------------------------
 
 def build_texts(args):
-    """Writes data/tts/: train.txt (sentences for RL), test/ (others, with recordings to compare lengths with) and
-    voices/ (a short reference recording of every voice). No sentence stands in two of them, or in training."""
+    """Writes data/tts/: train.jsonl (sentences for RL, with a recording's speech tokens), test/ (others, with their
+    recordings) and voices/ (a short reference recording of every voice). No sentence stands in two of them, or in
+    supervised training."""
     from pretrain import write_set
 
     rng, taken = np.random.default_rng([args.seed, 17]), set()
     short = sorted([t for t, _ in corpus.unique_sentences(rng, 400, taken)], key=len)[:len(TTS_VOICES)]
     train, test = ([t for t, _ in corpus.unique_sentences(rng, n, taken)] for n in (400, 100))
     (DATA / "tts").mkdir(parents=True, exist_ok=True)
-    (DATA / "tts" / "train.txt").write_text("\n".join(train) + "\n")
+    spoken = [(TTS_VOICES[i % len(TTS_VOICES)], say((text, TTS_VOICES[i % len(TTS_VOICES)], i)))
+              for i, text in enumerate(train)]
+    codes = encode_waves(load_codec(pick_device(args.device)), torch.from_numpy(np.concatenate([w for _, w in spoken])),
+                         torch.tensor([len(w) for _, w in spoken]))
+    with open(DATA / "tts" / "train.jsonl", "w") as out:
+        for text, (voice, _), row in zip(train, spoken, codes):
+            out.write(json.dumps({"text": text, "voice": voice[1], "tokens": row.tolist()}) + "\n")
     for name, texts in (("voices", short), ("test", test)):
         rows = [(text, text, corpus.keywords_in(text), TTS_VOICES[i % len(TTS_VOICES)], None, "", i)
                 for i, text in enumerate(texts)]
@@ -419,10 +426,11 @@ def build_texts(args):
 # ---- Token2Text --------------------------------------------------------------------------------------------
 
 def train_token2text(args):
-    """Trains log P(text | speech tokens) on any folder of "text" and "tokens" (--tokens), a BART without word order
-    tricks: its encoder reads embeddings, so that a mixture of codes is read like a single one.
+    """Trains log P(text | speech tokens) on any folder of "text" and "tokens" (--tokens): a small BART whose encoder
+    reads embeddings, so that a mixture of codes is read like a single one.
 
-    It trains with the noise it will meet as a reward: mixtures of codes, masked and swapped codes.
+    It trains with the noise it will meet as a reward: mixtures of codes, masked and swapped codes. A CTC head on the
+    encoder, for training alone, teaches it where in the speech the letters are: without it 3,000 steps left 91 % WER.
     """
     device, started = pick_device(args.device), time.time()
     rows = read_tokens(args.tokens or BUILD / "tokens")
@@ -438,10 +446,12 @@ def train_token2text(args):
         vocab_size=len(tokenizer), d_model=192, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=768,
         decoder_ffn_dim=768, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=1024,
         dropout=0.1, pad_token_id=pad, eos_token_id=end, bos_token_id=tokenizer.bos_token_id, is_encoder_decoder=True,
-        decoder_start_token_id=end, forced_eos_token_id=None, init_std=0.02)).to(device).train()
+        decoder_start_token_id=end, forced_eos_token_id=None, first_speech_token=first)).to(device).train()
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, decoder_start_token_id=end)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=7e-4, betas=(0.9, 0.98), weight_decay=0.01,
-                                  fused=device.type == "cuda")
+    blank = 256                                                  # behind the bytes
+    ctc_head = torch.nn.Linear(model.config.d_model, blank + 1).to(device)
+    weights = [*model.parameters(), *ctc_head.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=7e-4, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda")
     steps = args.token2text_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / max(1, steps // 10)) * (
         0.5 * (1 + math.cos(math.pi * min(1, s / steps))) + 1e-3))
@@ -463,23 +473,29 @@ def train_token2text(args):
         share = (share * noise)[..., None]                       # 5 % swapped, 30 % mixtures
         embeds = (1 - share) * table[ids] + share * table[other]
         embeds = embeds * ((draw < 0.95) | (noise == 0))[..., None]   # 5 % masked
-        return model(inputs_embeds=embeds, attention_mask=mask.long(), labels=labels).loss
+        out = model(inputs_embeds=embeds, attention_mask=mask.long(), labels=labels)
+        heard = torch.log_softmax(ctc_head(out.encoder_last_hidden_state).float(), dim=-1)      # (N, T, 257)
+        targets = [torch.tensor(text[i][:-1]) for i in index]
+        ctc = torch.nn.functional.ctc_loss(
+            heard.transpose(0, 1), torch.cat(targets).to(device), mask.sum(dim=1).cpu(),
+            torch.tensor([len(t) for t in targets]), blank=blank, zero_infinity=True)
+        return out.loss, ctc
 
     for step in range(1, steps + 1):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = loss_on(rng.integers(held, len(rows), size=args.batch), rng.random() < 0.9)
+            loss, ctc = loss_on(rng.integers(held, len(rows), size=args.batch), rng.random() < 0.9)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        (loss + 0.5 * ctc).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         if step % max(1, steps // 10) == 0:
             model.eval()
             with torch.inference_mode():
-                check = float(loss_on(np.arange(held), 0))
+                check = float(loss_on(np.arange(held), 0)[0])
             model.train()
-            print(f"token2text step {step} loss {float(loss.detach()):.4f} unseen {check:.4f} "
-                  f"{time.time() - started:.0f} s", flush=True)
+            print(f"token2text step {step} loss {float(loss.detach()):.4f} unseen {check:.4f} ctc "
+                  f"{float(ctc.detach()):.3f} {time.time() - started:.0f} s", flush=True)
     folder = CHECKPOINTS / "token2text"
     model.eval().to(torch.bfloat16).cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -314,7 +314,7 @@ def tts_reward(speech, group, rewards=("R1",), language="en", rate=16_000):
 
     The total is the plain sum of the parts in `rewards` (of "R1", "R2", "R3"); the others are computed for the log,
     except R3, which costs a pitch tracker. Where the judge failed `judged` is false and the total is the mean of the
-    group's judged samples, so that the failure moves no advantage. Raises ValueError for an unknown part.
+    group's judged samples: its own advantage is 0. Raises ValueError for an unknown part.
     """
     unknown = set(rewards) - {"R1", "R2", "R3"}
     if unknown or not rewards:
@@ -331,9 +331,9 @@ def tts_reward(speech, group, rewards=("R1",), language="en", rate=16_000):
 
 # ---- speech: metrics ---------------------------------------------------------------------------------------
 
-def repeats(codes, least=25):
-    """Whether `least` tokens or more in a row only repeat those 1 to 8 places before: a loop, not a held sound, when
-    that is a second of speech or more [choice]."""
+def repeats(codes, least):
+    """Whether `least` tokens or more in a row only repeat those 1 to 8 places before. With `least` a second of speech
+    that is a loop, not a held sound [choice]."""
     for width in range(1, 9):
         same = np.concatenate([[0], codes[width:] == codes[:-width], [0]])
         changes = np.flatnonzero(np.diff(same))
@@ -347,9 +347,12 @@ def tts_metrics(speech, similarity, due, tokens_per_s, rate, language="en"):
 
     `wer` and its kinds by the judge that made the transcripts; `similarity` (N,) cosines to the reference voice;
     `due` (N,) tokens that each sentence took its reference recording; `f0_spread` in semitones; `words_per_s` of
-    the text over the sound's length; shares of samples `truncated` and in a loop (`repetition`).
+    the text over the sound's length; shares of samples `truncated` and in a loop (`repetition`). Raises ValueError
+    where the judge failed on all of them.
     """
     heard = [s for s in speech if s.transcript is not None]
+    if not heard:
+        raise ValueError("the judge failed on every sample")
     spoken = np.array([len(s.codes) for s in speech])
     metrics = asr_metrics([s.text for s in heard], [s.transcript for s in heard], (), language)
     words = sum(len(normalize_text(s.text, language).split()) for s in speech)
@@ -359,6 +362,6 @@ def tts_metrics(speech, similarity, due, tokens_per_s, rate, language="en"):
         "words_per_s": words * tokens_per_s / max(1, int(spoken.sum())),
         "f0_spread": float(f0_spread([s.wave for s in speech], rate).mean()),
         "truncated": float(np.mean([s.truncated for s in speech])),
-        "repetition": float(np.mean([repeats(s.codes) for s in speech])),
+        "repetition": float(np.mean([repeats(s.codes, round(tokens_per_s)) for s in speech])),
         "judge_failed": 1 - len(heard) / len(speech), "utterances": len(speech),
     }

@@ -81,7 +81,7 @@ def test_bad_line_is_named_with_file_and_line(bad_folder, case, capsys):
     assert "metadata.jsonl:2:" in text and message in text and "--skip-bad" in text and "\n" not in text
     assert len(load_folder(bad_folder, max_seconds=2, skip_bad=True)) == 1
     said = capsys.readouterr().err
-    assert "metadata.jsonl:2:" in said and "1 of 2 utterances skipped" in said
+    assert "metadata.jsonl:2:" in said and "1 of 2 lines skipped" in said
 
 
 def test_folder_without_metadata_without_lines_and_none_at_all(tmp_path):
@@ -89,7 +89,7 @@ def test_folder_without_metadata_without_lines_and_none_at_all(tmp_path):
         load_folder(tmp_path)
     with pytest.raises(DataError, match="no such folder"):
         load_folder(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="no usable utterance"):
+    with pytest.raises(DataError, match="nothing usable in it"):
         load_folder(folder_with(tmp_path, ""))
     (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not UTF-8"):

@@ -32,7 +32,7 @@ def speaker_of_text():
     data.quiet()
     tokenizer, policy = grpo_tts.load(args, CPU)
     models = grpo_tts.load_judges(args, CPU)
-    code = grpo_tts.speech_tokens(tokenizer, models[0])
+    code = grpo_tts.speech_tokens(tokenizer, models[0], policy.config.vocab_size)
     recordings = [u.waveform(RATE) for u in load_folder("data/tts/test")[:10]]
     heard = models[0].encode(recordings)                       # before the encoder is dropped
     voices = grpo_tts.load_voices(args, models[0], models[3])
@@ -118,6 +118,8 @@ def test_pitfall_9_a_failed_judge_masks_and_silence_is_worst():
     assert parts["R1"][0, 2] == 0 and parts["R1"][0, 1].isnan()
     advantage = group_advantages(total)
     assert abs(advantage[0, 1]) < 1e-6 and advantage[0, 2] < 0 < advantage[0, 0] and not advantage.isnan().any()
+    alone = group_advantages(total[judged][None])            # what the others would have got without it
+    assert torch.allclose(advantage[judged] * 0.75 ** 0.5, alone[0], atol=1e-3)
     total, _, judged = tts_reward([spoken(None)] * 4, 4)
     assert not judged.any() and (group_advantages(total) == 0).all()
 
@@ -138,7 +140,7 @@ def test_an_unknown_reward_is_refused():
     (np.arange(60), False), (np.full(30, 7), True), (np.full(20, 7), False), (np.tile([1, 2, 3], 12), True),
     (np.concatenate([np.arange(40), np.tile([5, 6], 15)]), True), (np.zeros(0, dtype=int), False)])
 def test_pitfall_17_loops_are_counted(codes, loop):
-    assert repeats(codes) is loop
+    assert repeats(codes, 25) is loop
 
 
 # ---- the frozen models -------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def test_similarity_is_higher_for_the_same_voice(speaker_of_text):
     alike = speaker.embed(recordings) @ torch.stack([v.vector for v in voices]).T          # (10, voices)
     same = torch.tensor([[v.name == name for v in voices] for name in names])
     assert alike[same].min() > 0.85 and alike[same].mean() > alike[~same].mean() + 0.4
-    assert (speaker.embed([np.zeros(0, np.float32), recordings[0]])[0] == 0).all()
+    assert (speaker.embed([np.zeros(0, np.float32)]) @ voices[0].vector).tolist() == [0]       # no sound, no voice
 
 
 def test_offloaded_models_return_to_main_memory(speaker_of_text):
@@ -310,13 +312,14 @@ def test_texts_from_a_plain_file_and_from_metadata(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"text": "four", "voice": "anna"}\n')
     for path in (tmp_path, tmp_path / "metadata.jsonl"):
         assert [(s.text, s.voice, s.seconds) for s in load_sentences(path)] == [("four", "anna", 0.0)]
+    assert len(load_sentences("data/tts/train.jsonl")[0].codes) > 20
     recorded = load_sentences("data/tts/test")[0]
     assert recorded.seconds > 1 and recorded.voice
 
 
 @pytest.mark.parametrize("content, message", [
     ('{"text": 3}\n', r"metadata.jsonl:1: needs \"text\""), ('{"text": "a"}\n{oops\n', "metadata.jsonl:2: not JSON"),
-    ('{"text": "..."}\n', "no word"), ("\n", "nothing usable"),
+    ('{"text": "..."}\n', "no word"), ('{"text": "a", "tokens": [1.5]}\n', "whole numbers"), ("\n", "nothing usable"),
     ('{"text": "a", "file_name": "gone.wav"}\n', "metadata.jsonl:1: .*gone.wav: no such file")])
 def test_a_bad_line_of_texts_is_named(tmp_path, content, message):
     (tmp_path / "metadata.jsonl").write_text(content)
@@ -325,7 +328,7 @@ def test_a_bad_line_of_texts_is_named(tmp_path, content, message):
 
 
 def test_embedded_texts_and_tests_are_disjoint_and_what_is_in_both_is_left_out(tmp_path, capsys):
-    train, test = ({s.text for s in load_sentences(f"data/tts/{name}")} for name in ("train.txt", "test"))
+    train, test = ({s.text for s in load_sentences(f"data/tts/{name}")} for name in ("train.jsonl", "test"))
     assert len(train) == 400 and len(test) == 100 and not train & test
     (tmp_path / "texts.txt").write_text("\n".join([*train, next(iter(test))]))
     args = grpo_tts.parse_args(["--data", str(tmp_path / "texts.txt"), "--test", "data/tts/test"])
@@ -338,7 +341,9 @@ def test_embedded_texts_and_tests_are_disjoint_and_what_is_in_both_is_left_out(t
     (["--model", "checkpoints/asr"], "no speech tokens"), (["--codec", "checkpoints/tts"], "--codec checkpoints/tts"),
     (["--judge", "checkpoints/tts"], "--judge checkpoints/tts"), (["--data", "nowhere.txt"], "nowhere.txt: no such"),
     (["--speaker", "nowhere"], "--speaker nowhere"), (["--voices", "nowhere"], "nowhere: no such folder"),
-    (["--batch", "1000"], "fewer than --batch")])
+    (["--batch", "1000"], "fewer than --batch"), (["--max-seconds", "0.1"], "a second of speech or more"),
+    (["--max-seconds", "1000"], "positions"), (["--language", "klingon"], "--language klingon"),
+    (["--second-judge", "checkpoints/asr"], "must not be --judge")])
 def test_a_users_mistake_gets_one_line(flags, message):
     with pytest.raises(SystemExit) as stopped:
         grpo_tts.main(["--device", "cpu", "--steps", "1", *flags])
@@ -346,11 +351,43 @@ def test_a_users_mistake_gets_one_line(flags, message):
     assert len(str(stopped.value).splitlines()) == 1
 
 
-def test_a_codec_of_another_model_is_refused(speaker_of_text, monkeypatch):
+@pytest.mark.parametrize("count", [100, 65536])
+def test_a_codec_of_another_model_is_refused(speaker_of_text, monkeypatch, count):
     codec = speaker_of_text[3][0]
-    monkeypatch.setattr(codec, "count", 100)
-    with pytest.raises(DataError, match="speaks 4096 codes and --codec knows 100"):
-        grpo_tts.speech_tokens(speaker_of_text[1], codec)
+    monkeypatch.setattr(codec, "count", count)
+    with pytest.raises(DataError, match=f"speaks 4096 codes, up to 4095, and --codec knows {count}"):
+        grpo_tts.speech_tokens(speaker_of_text[1], codec, 4361)
+
+
+def test_weights_of_another_task_are_refused(tmp_path):
+    from transformers import AutoModelForAudioXVector
+    AutoModelForAudioXVector.from_pretrained("checkpoints/speaker").wavlm.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="has no weights for"):
+        data.load_pretrained(AutoModelForAudioXVector, str(tmp_path), flag="--speaker")
+
+
+def test_what_is_evaluated(speaker_of_text):
+    """Each test sentence in its own voice, compared with its own recording; the same figures whenever it is asked."""
+    args, tokenizer, policy, models, code, voices, _ = speaker_of_text
+    tests = load_sentences("data/tts/test")[:4][::-1]
+    due = [s.seconds * 25 for s in tests]
+    with policy.disable_adapter():
+        speech, metrics = grpo_tts.evaluate(policy, tokenizer, tests, voices, models, code, args, CPU, due)
+        again = grpo_tts.evaluate(policy, tokenizer, tests, voices, models, code, args, CPU, due)[1]
+    assert metrics == again and [s.text for s in speech] == [s.text for s in tests]
+    assert [v.name for v in grpo_tts.voices_of(tests, voices)] == [s.voice for s in tests]
+    assert metrics["length_ratio"] == pytest.approx(sum(len(s.codes) for s in speech) / sum(due))
+    words = sum(len(s.text.split()) for s in tests)
+    assert metrics["words_per_s"] == pytest.approx(words / sum(len(s.codes) / 25 for s in speech))
+    alike = [float(models[3].embed([s.wave])[0] @ v.vector) for s, v in zip(speech, grpo_tts.voices_of(tests, voices))]
+    assert metrics["similarity"] == pytest.approx(np.mean(alike), abs=1e-4)
+
+
+def test_pitfall_1_a_model_that_does_not_read_is_refused(speaker_of_text):
+    args, _, policy = speaker_of_text[:3]
+    prompts = prompts_of(speaker_of_text)
+    with pytest.raises(DataError, match="check failed"):
+        grpo_tts.self_check(policy, prompts, prompts, args, 30, stop_of(speaker_of_text), CPU)
 
 
 def test_encoding_needs_the_whole_codec(speaker_of_text):
@@ -406,6 +443,9 @@ def test_resume_equals_the_unbroken_run(unbroken, tmp_path):
 
 
 def test_an_8bit_policy_trains(unbroken, tmp_path):
+    from bitsandbytes.nn import Linear8bitLt
+    policy = grpo_tts.load(grpo_tts.parse_args(["--device", "cpu", "--quantize", "8bit"]), CPU)[1]
+    assert sum(isinstance(m, Linear8bitLt) for m in policy.modules()) == 6 * 7          # every linear layer, no head
     lines = run(tmp_path / "run", unbroken[0] / "test.txt", "--steps", "3", "--quantize", "8bit", "--eval-every", "0")
     rows = [line for line in lines if "reward" in line]
     assert len(rows) == 3 and rows[2]["kl"] > 0
