@@ -426,7 +426,8 @@ def pick_device(name):
 def load_pretrained(auto_class, name, flag="--model", **options):
     """`auto_class.from_pretrained(name)`, safetensors only and no remote code; DataError when it can't be had."""
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "checkpoints/"))):
-        raise DataError(f"{flag} {name}: no such folder, and not of the form OWNER/NAME of a hub id")
+        made = f"; python pretrain.py {Path(name).name} makes it" if name.startswith("checkpoints/") else ""
+        raise DataError(f"{flag} {name}: no such folder, and not of the form OWNER/NAME of a hub id{made}")
     try:
         if not hasattr(auto_class, "_model_mapping"):
             return auto_class.from_pretrained(name, **options)
