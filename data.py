@@ -265,7 +265,7 @@ class RunLog:
     def __init__(self, folder, header, resume_at=None):
         """A new folder, or with `resume_at` (a step) an old one whose lines from that step on are dropped.
 
-        Raises DataError if a new run would write over an old one.
+        Raises DataError if a new run would write over an old one that has saved something.
         """
         self.folder = Path(folder)
         if resume_at is None:

@@ -136,8 +136,15 @@ def test_batches_depend_on_seed_and_step_alone():
 
 # ---- the run log, devices, models --------------------------------------------------------------------------
 
+def test_a_folder_of_a_run_that_saved_nothing_can_be_used_again(tmp_path):
+    RunLog(tmp_path / "run", {"arguments": {"seed": 1}}).write("log", {"step": 0})
+    RunLog(tmp_path / "run", {"arguments": {"seed": 2}})
+    assert [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()] == [{"arguments": {"seed": 2}}]
+
+
 def test_a_run_is_never_written_over(tmp_path):
     RunLog(tmp_path / "run", {"arguments": {}})
+    (tmp_path / "run" / "state.pt").touch()
     with pytest.raises(DataError, match="--resume"):
         RunLog(tmp_path / "run", {"arguments": {}})
 
