@@ -222,8 +222,8 @@ def load(args, device):
 
 
 def load_judges(args, device):
-    """The codec, the judge that rewards, the second judge and the speaker model, all frozen. Alone, DiffRO needs the
-    judge for nothing but the evaluation, where the second one does."""
+    """The codec, the judge that rewards, the second judge and the speaker model, all frozen. Without GRPO
+    the first judge has nothing to do."""
     if args.judge == args.second_judge:
         raise DataError("--second-judge must not be --judge: what is reported would be what was trained on")
     codec = Codec(args.codec, device, args.offload)
