@@ -49,6 +49,8 @@ def parse_args(argv=None):
     g.add_argument("--lr", type=float, default=3e-4, help="AdamW on LoRA (default: 3e-4; paper, all weights: 1e-5)")
     g.add_argument("--clip", type=float, default=0.2, help="eps of Eq. 3")
     g.add_argument("--beta", type=float, default=0.1, help="weight of the KL in Eq. 3 (paper: 0.1)")
+    g.add_argument("--supervised", action="store_true", help="the control: learn from the references, not from samples "
+                   "(G = 1, A = 1, beta = 0)")
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=1)
     g.add_argument("--eval-every", type=int, default=50, help="steps; 0 = only before and after")
@@ -62,7 +64,10 @@ def parse_args(argv=None):
         except DataError as error:
             p.error(str(error))
         args = p.parse_args(argv)
-    for name, least in dict(steps=0, batch=1, group=2, micro=1, lora_rank=1, eval_every=0, max_tokens=0).items():
+    if args.supervised:
+        args.group, args.beta = 1, 0.0
+    fewest = dict(steps=0, batch=1, group=1 if args.supervised else 2, micro=1, lora_rank=1, eval_every=0, max_tokens=0)
+    for name, least in fewest.items():
         if getattr(args, name) < least:
             p.error(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(args, name)}")
     if args.micro % args.group and args.group % args.micro:
@@ -84,13 +89,12 @@ if __name__ == "__main__":
 
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
-from transformers import AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig, DynamicCache
+from transformers import AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig
 
 from data import (
     DataError,
@@ -111,6 +115,7 @@ from data import (
 )
 from report import best_and_worst, percent, print_table, print_times, print_transcripts
 from rewards import asr_metrics, asr_reward, normalize_text
+from sampling import Prompts, Rollout, completion_logits, completion_mask, generator_for, micro_batches, sample
 
 # Shapes: B clips a step, G samples each, N = B G samples, T tokens of a transcript, L of a prompt, D width,
 # V vocabulary, M samples of a micro-batch.
@@ -124,16 +129,6 @@ def group_advantages(reward):
     spread = reward.std(dim=1, keepdim=True, correction=0)
     equal = (reward == reward[:, :1]).all(dim=1, keepdim=True)       # its mean may differ from it by rounding
     return (centred / (spread + 1e-4)).masked_fill(equal, 0.0)
-
-
-def completion_mask(ids, eos_token_id):
-    """(N, T) -> (N, T) bool: true up to and including the first end token, all true where there is none.
-
-    The end token is an action like any other: without its gradient the model never learns when to stop.
-    `eos_token_id` is an int or a list of them.
-    """
-    end = torch.isin(ids, torch.as_tensor(eos_token_id, device=ids.device))
-    return end.cumsum(dim=1) - end.long() == 0
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -214,29 +209,7 @@ def load(args, device):
     return processor, policy.eval()
 
 
-# ---- sample ------------------------------------------------------------------------------------------------
-
-@dataclass
-class Prompts:
-    """Prompts whose audio is already embedded."""
-
-    embeds: torch.Tensor  # (B, L, D), padded on the left
-    mask: torch.Tensor    # (B, L)
-
-    def __getitem__(self, part):
-        return Prompts(self.embeds[part], self.mask[part])
-
-
-@dataclass
-class Rollout:
-    """What was sampled, and how likely it was to its sampler."""
-
-    ids: torch.Tensor      # (N, T), anything after the end token
-    mask: torch.Tensor     # (N, T), the end token included
-    logp: torch.Tensor     # (N, T), log pi_old of Eq. 2
-    entropy: torch.Tensor  # (N, T), of the whole distribution, nats
-    truncated: torch.Tensor  # (N,), true where no end token came
-
+# ---- audio to prompts, samples to log-probs -------------------------------------------------------------------
 
 @torch.no_grad()
 def encode(policy, inputs):
@@ -250,81 +223,25 @@ def encode(policy, inputs):
     return Prompts(embeds.masked_scatter(here[..., None], audio.to(embeds.dtype)), inputs["attention_mask"])
 
 
-def prefill(policy, prompts, group):
-    """Reads each prompt once, then copies its keys and values to the `group` rows that share it.
-
-    Returns the logits of the first token (N, V) and the cache. Differentiable: the update shares the prompt too.
-    """
-    cache = DynamicCache()
-    out = policy(inputs_embeds=prompts.embeds, attention_mask=prompts.mask, past_key_values=cache, use_cache=True,
-                 position_ids=(prompts.mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1)
-    cache.batch_repeat_interleave(group)
-    return out.logits[:, -1].repeat_interleave(group, dim=0), cache
+def completion_logprobs(policy, prompts, ids, mask, group, temperature):
+    """log pi(o_it) of given samples, (N, T) -> (N, T); every prompt is read once for its `group` rows."""
+    return token_logprobs(completion_logits(policy, prompts, ids, mask, group), ids, temperature)
 
 
 @torch.no_grad()
-def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=None):
-    """G transcripts of every prompt, from the whole untruncated distribution (temperature 0 = greedy): Rollout.
-
-    No setting of the checkpoint's generation_config takes part. Rows that have ended leave the batch.
-    """
-    logits, cache = prefill(policy, prompts, group)                                 # (N, V)
-    mask = prompts.mask.repeat_interleave(group, dim=0)                             # (N, L)
-    position = mask.sum(dim=1)
-    alive = torch.arange(len(mask), device=mask.device)                             # rows computed
-    going = torch.ones_like(alive, dtype=torch.bool)                                # not yet ended
-    eos = torch.as_tensor(eos, device=mask.device)
-    ids = eos.reshape(-1)[0].repeat(len(mask), max_tokens)
-    logp, entropy = torch.zeros((2, *ids.shape), device=mask.device)
-    for t in range(max_tokens):
-        scores = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)   # (alive, V)
-        if temperature:  # Gumbel-max: argmax(log p - log E), E ~ Exp(1), is an exact draw from p
-            noise = torch.empty((len(mask), scores.shape[1]), device=mask.device).exponential_(generator=generator)
-            token = (scores - noise[alive].clamp(min=1e-30).log()).argmax(dim=-1)
-        else:
-            token = scores.argmax(dim=-1)
-        ids[alive, t] = token
-        logp[alive, t] = scores.gather(1, token[:, None])[:, 0]
-        entropy[alive, t] = -(scores.exp() * scores).sum(dim=-1)
-        going &= ~torch.isin(token, eos)
-        left = int(going.sum())
-        if left == 0 or t == max_tokens - 1:
-            break
-        if left <= 0.8 * len(alive):          # not at every end: dropping rows copies the cache
-            keep = going.nonzero()[:, 0]
-            alive, token, going = alive[keep], token[keep], going[keep]
-            cache.batch_select_indices(keep)
-        seen = torch.cat([mask[alive], mask.new_ones(len(alive), t + 1)], dim=1)
-        logits = policy(input_ids=token[:, None], attention_mask=seen, past_key_values=cache, use_cache=True,
-                        position_ids=position[alive, None] + t).logits[:, -1]
-    ids, logp, entropy = ids[:, :t + 1], logp[:, :t + 1], entropy[:, :t + 1]
-    return Rollout(ids, completion_mask(ids, eos), logp, entropy, ~torch.isin(ids, eos).any(dim=1))
-
-
-def completion_logprobs(policy, prompts, ids, mask, group, temperature):
-    """log pi(o_it) of given transcripts, (N, T) -> (N, T); every prompt is read once for its `group` rows."""
-    first, cache = prefill(policy, prompts, group)
-    seen = torch.cat([prompts.mask.repeat_interleave(group, dim=0), mask[:, :-1].long()], dim=1)
-    start = prompts.mask.sum(dim=1).repeat_interleave(group)[:, None]
-    position = start + torch.arange(ids.shape[1] - 1, device=ids.device)                # (N, T - 1)
-    logits = first[:, None]                                                         # (N, 1, V)
-    if ids.shape[1] > 1:
-        rest = policy(input_ids=ids[:, :-1], attention_mask=seen, position_ids=position, past_key_values=cache,
-                      use_cache=True).logits
-        logits = torch.cat([logits, rest], dim=1)                                   # (N, T, V)
-    return token_logprobs(logits, ids, temperature)
+def references(policy, processor, prompts, utterances, eos, temperature):
+    """The references as if they had been sampled, one a clip. With A = 1 the gradient of Eq. 3 is then that of
+    supervised fine-tuning, the control that the paper lacks [choice]."""
+    rows = [torch.tensor(processor.tokenizer(u.text, add_special_tokens=False).input_ids + eos[:1]) for u in utterances]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=eos[0]).to(prompts.mask.device)
+    mask = completion_mask(ids, eos)
+    logp = completion_logprobs(policy, prompts, ids, mask, 1, temperature)
+    return Rollout(ids, mask, logp, torch.zeros_like(logp), torch.zeros_like(mask[:, 0]))
 
 
 def token_limit(args, utterances):
     """The longest transcript allowed for these clips, tokens: 16 + 8 for each second of the longest [choice]."""
     return args.max_tokens or 16 + int(8 * max(u.seconds for u in utterances))
-
-
-def micro_batches(batch, group, micro):
-    """Slices (prompts, rows, rows per prompt) that cover N = batch x group samples, `micro` of them at a time."""
-    for start in range(0, batch * group, micro):
-        stop = min(start + micro, batch * group)
-        yield slice(start // group, -(-stop // group)), slice(start, stop), min(group, stop - start)
 
 
 # ---- evaluate ----------------------------------------------------------------------------------------------
@@ -380,11 +297,6 @@ def self_check(policy, processor, utterances, args, device):
     if not (ratio <= tolerance and (kl <= tolerance or args.resume) and audio >= 1e-3):  # so written, NaN fails
         raise DataError(f"check failed: {line}. This model's sampling and training paths disagree, or it does not hear")
     print(f"check: {line}")
-
-
-def generator_for(seed, step, device):
-    """The random source of one step's samples: a function of the seed and the step, whatever came before."""
-    return torch.Generator(device).manual_seed(1_000_003 * seed + step)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -451,8 +363,11 @@ def train(args):
             prompts = encode(policy, collate(processor, batch, args.language, args.hotwords).to(device))  # (B, L, D)
         # 2 sample
         with phase("rollout"):
-            rollout = sample(policy, prompts, args.group, token_limit(args, batch), eos, args.temperature,
-                             generator_for(args.seed, step, device))                # (N, T)
+            if args.supervised:
+                rollout = references(policy, processor, prompts, batch, eos, args.temperature)
+            else:
+                rollout = sample(policy, prompts, args.group, token_limit(args, batch), eos, args.temperature,
+                                 generator_for(args.seed, step, device))            # (N, T)
             texts = decode(processor, rollout)
         # 3 reward
         with phase("reward"):
@@ -460,7 +375,7 @@ def train(args):
             scored = [asr_reward(u.text, text, keywords, args.language, rewards) for u, text in zip(said, texts)]
             reward = torch.tensor([s.total for s in scored], device=device).view(-1, args.group)  # (B, G)
         # 4 advantage
-        advantage = group_advantages(reward)                                        # (B, G)  Eq. 1
+        advantage = torch.ones_like(reward) if args.supervised else group_advantages(reward)   # (B, G)  Eq. 1
         with phase("update"):
             passes = []
             for part, rows, group in micro_batches(args.batch, args.group, args.micro):

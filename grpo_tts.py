@@ -90,25 +90,18 @@ if __name__ == "__main__":
     parse_args()  # --help and typing errors answer at once, before torch loads
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel, aloud
 
-import re
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache
 
 from data import (
     DataError,
     Phases,
     RunLog,
     batch_indices,
-    load_adapter,
-    load_folder,
-    load_pretrained,
     load_state,
     new_run_folder,
     pick_device,
@@ -117,272 +110,28 @@ from data import (
     save_state,
     split_sentences,
 )
-from grpo_asr import completion_mask, group_advantages, grpo_loss, kl_k3, token_logprobs
-from judges import Codec, Judge, Speaker
-from listen import write_page
-from report import percent, print_times, print_transcripts, print_tts_table
-from rewards import Speech, repeats, tts_metrics, tts_reward
+from grpo_asr import completion_logprobs, group_advantages, grpo_loss, kl_k3
+from report import percent
+from rewards import Speech, repeats, tts_reward
+from sampling import generator_for, micro_batches, sample
+from speech import (
+    END,
+    best_and_worst,
+    check_lengths,
+    codes_of,
+    evaluate,
+    finish,
+    load,
+    load_judges,
+    load_voices,
+    make_prompts,
+    self_check,
+    speech_tokens,
+    voices_of,
+)
 
 # Shapes: B texts a step, G samples each, N = B G samples, T tokens of a sample, L of a prompt, V vocabulary,
 # M samples of a micro-batch.
-START, END = "<|SPEECH_GENERATION_START|>", "<|SPEECH_GENERATION_END|>"
-
-
-# ---- load --------------------------------------------------------------------------------------------------
-
-def load(args, device):
-    """The tokenizer and the policy: frozen base in eval mode (no dropout anywhere), fp32 LoRA on its linear layers."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen = {"none": None, "8bit": dict(load_in_8bit=True), "4bit": dict(
-        load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")}[args.quantize]
-    if args.quantize == "4bit" and device.type == "cpu":
-        raise DataError("--quantize 4bit needs a GPU: on the CPU bitsandbytes has no gradient for it; 8bit has")
-    tokenizer = load_pretrained(AutoTokenizer, args.model)
-    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or END
-    if {START, END, "<|s_0|>"} - set(tokenizer.get_vocab()) or not tokenizer.chat_template:
-        raise DataError(f"--model {args.model}: its tokenizer has no speech tokens <|s_0|>, {START}, {END} and chat "
-                        "template; this script drives Llasa and models of its form")
-    base = load_pretrained(AutoModelForCausalLM, args.model, dtype=dtype, device_map=device,
-                           quantization_config=BitsAndBytesConfig(**chosen) if chosen else None)
-    torch.manual_seed(args.seed)
-    policy = get_peft_model(base, LoraConfig(
-        r=args.lora_rank, lora_alpha=2 * args.lora_rank, lora_dropout=0.0,
-        target_modules=r".*\.(q|k|v|o|gate|up|down)_proj"))
-    return tokenizer, policy.eval()
-
-
-def load_judges(args, device):
-    """The codec, the judge that rewards, the second judge and the speaker model, all frozen."""
-    if args.judge == args.second_judge:
-        raise DataError("--second-judge must not be --judge: what is reported would be what was trained on")
-    codec = Codec(args.codec, device, args.offload)
-    judges = [Judge(name, device, args.offload, args.language, flag)
-              for name, flag in ((args.judge, "--judge"), (args.second_judge, "--second-judge"))]
-    speaker = Speaker(args.speaker, device, args.offload)
-    for model, flag in ((judges[0], "--judge"), (judges[1], "--second-judge"), (speaker, "--speaker")):
-        if model.rate != codec.rate:
-            raise DataError(f"{flag}: hears {model.rate} Hz, but the codec speaks {codec.rate} Hz")
-    return codec, *judges, speaker
-
-
-@dataclass(eq=False)
-class Voice:
-    """A reference to go on from: what it says, as text, speech tokens and x-vector."""
-
-    name: str
-    text: str
-    codes: list          # speech tokens
-    vector: torch.Tensor  # (D,), unit length
-
-
-def load_voices(args, codec, speaker):
-    """The voices of --voices; after this the codec's encoder is not needed any more."""
-    clips = load_folder(args.voices, codec.rate, 0, args.skip_bad)
-    waves = [clip.waveform(codec.rate) for clip in clips]
-    voices = [Voice(c.voice or c.path.stem, c.text, codes.tolist(), vector)
-              for c, codes, vector in zip(clips, codec.encode(waves), speaker.embed(waves))]
-    codec.decoder_only()
-    return voices
-
-
-def voices_of(sentences, voices):
-    """The voice of each sentence: the one it names, else the next in turn."""
-    named = {v.name: v for v in voices}
-    return [named.get(s.voice, voices[i % len(voices)]) for i, s in enumerate(sentences)]
-
-
-def speech_tokens(tokenizer, codec, size):
-    """(size,) the codec's code of every token of the LLM's vocabulary, -1 for those that are not speech."""
-    vocabulary = tokenizer.get_vocab()
-    code = torch.full((max(size, max(vocabulary.values()) + 1),), -1)
-    for token, i in vocabulary.items():
-        if found := re.fullmatch(r"<\|s_(\d+)\|>", token):
-            code[i] = int(found[1])
-    if code[code >= 0].sort().values.tolist() != list(range(codec.count)):
-        raise DataError(f"--model speaks {int((code >= 0).sum())} codes, up to {int(code.max())}, and --codec knows "
-                        f"{codec.count}: not made for each other")
-    return code
-
-
-def check_lengths(policy, tokenizer, sentences, voices, limit, codec):
-    """DataError where the longest prompt and the longest speech do not fit the LLM, or speech is bound to be cut."""
-    if limit < codec.tokens_per_s:
-        raise DataError(f"--max-seconds {limit / codec.tokens_per_s:g}: give a second of speech or more")
-    longest = max(sentences, key=lambda s: len(s.text))
-    ids = make_prompts(tokenizer, [longest.text] * len(voices), voices, "cpu").ids   # (voices, L)
-    room = getattr(policy.config, "max_position_embeddings", None) or float("inf")
-    if ids.shape[1] + limit > room:
-        raise DataError(f"the longest prompt has {ids.shape[1]} tokens, with {limit} of speech more than the {room} "
-                        "positions of the LLM: shorter recordings in --voices, or a lower --max-seconds")
-
-
-# ---- sample ------------------------------------------------------------------------------------------------
-
-@dataclass
-class Prompts:
-    """What is to be said, and in which voice, as tokens."""
-
-    ids: torch.Tensor   # (B, L), padded on the left
-    mask: torch.Tensor  # (B, L)
-
-    def __getitem__(self, part):
-        return Prompts(self.ids[part], self.mask[part])
-
-
-@dataclass
-class Rollout:
-    """What was sampled, and how likely it was to its sampler."""
-
-    ids: torch.Tensor      # (N, T), anything after the stop token
-    mask: torch.Tensor     # (N, T), the stop token included
-    logp: torch.Tensor     # (N, T), log pi_old of Eq. 2
-    entropy: torch.Tensor  # (N, T), of the whole distribution, nats
-    truncated: torch.Tensor  # (N,), true where no stop token came
-
-
-def make_prompts(tokenizer, texts, voices, device):
-    """The prompts of Llasa, zero-shot: the voice's text and the new one; the voice's speech tokens, to be gone on."""
-    chats = [[{"role": "user", "content": "Convert the text to speech:<|TEXT_UNDERSTANDING_START|>"
-               f"{voice.text} {text}<|TEXT_UNDERSTANDING_END|>"},
-              {"role": "assistant", "content": START + "".join(f"<|s_{c}|>" for c in voice.codes)}]
-             for text, voice in zip(texts, voices)]
-    strings = tokenizer.apply_chat_template(chats, tokenize=False, continue_final_message=True,
-                                            date_string="26 Jul 2024")  # Llama's template would write today's
-    inputs = tokenizer(strings, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
-    return Prompts(inputs.input_ids, inputs.attention_mask)
-
-
-def prefill(policy, prompts, group):
-    """Reads each prompt once, then copies its keys and values to the `group` rows that share it.
-
-    Returns the logits of the first token (N, V) and the cache. Differentiable: the update shares the prompt too.
-    """
-    cache = DynamicCache()
-    out = policy(input_ids=prompts.ids, attention_mask=prompts.mask, past_key_values=cache, use_cache=True,
-                 position_ids=(prompts.mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1)
-    cache.batch_repeat_interleave(group)
-    return out.logits[:, -1].repeat_interleave(group, dim=0), cache
-
-
-@torch.no_grad()
-def sample(policy, prompts, group, max_tokens, stop, temperature=1.0, generator=None):
-    """G samples of every prompt, from the whole untruncated distribution, text tokens included: Rollout.
-
-    No setting of the checkpoint's generation_config takes part. Rows that have ended leave the batch.
-    """
-    logits, cache = prefill(policy, prompts, group)                                 # (N, V)
-    mask = prompts.mask.repeat_interleave(group, dim=0)                             # (N, L)
-    position = mask.sum(dim=1)
-    alive = torch.arange(len(mask), device=mask.device)                             # rows computed
-    going = torch.ones_like(alive, dtype=torch.bool)                                # not yet ended
-    ids = torch.full((len(mask), max_tokens), stop, device=mask.device)
-    logp, entropy = torch.zeros((2, *ids.shape), device=mask.device)
-    for t in range(max_tokens):
-        scores = torch.log_softmax(logits.float() / temperature, dim=-1)            # (alive, V)
-        # Gumbel-max: argmax(log p - log E), E ~ Exp(1), is an exact draw from p; noise for every row, alive or not,
-        # so that a sample does not depend on when the others end
-        noise = torch.empty((len(mask), scores.shape[1]), device=mask.device).exponential_(generator=generator)
-        token = (scores - noise[alive].clamp(min=1e-30).log()).argmax(dim=-1)
-        ids[alive, t] = token
-        logp[alive, t] = scores.gather(1, token[:, None])[:, 0]
-        entropy[alive, t] = -(scores.exp() * scores).sum(dim=-1)
-        going &= token != stop
-        left = int(going.sum())
-        if left == 0 or t == max_tokens - 1:
-            break
-        if left <= 0.8 * len(alive):          # not at every end: dropping rows copies the cache
-            keep = going.nonzero()[:, 0]
-            alive, token, going = alive[keep], token[keep], going[keep]
-            cache.batch_select_indices(keep)
-        seen = torch.cat([mask[alive], mask.new_ones(len(alive), t + 1)], dim=1)
-        logits = policy(input_ids=token[:, None], attention_mask=seen, past_key_values=cache, use_cache=True,
-                        position_ids=position[alive, None] + t).logits[:, -1]
-    ids, logp, entropy = ids[:, :t + 1], logp[:, :t + 1], entropy[:, :t + 1]
-    return Rollout(ids, completion_mask(ids, stop), logp, entropy, ~(ids == stop).any(dim=1))
-
-
-def completion_logprobs(policy, prompts, ids, mask, group, temperature):
-    """log pi(o_it) of given samples, (N, T) -> (N, T); every prompt is read once for its `group` rows."""
-    first, cache = prefill(policy, prompts, group)
-    seen = torch.cat([prompts.mask.repeat_interleave(group, dim=0), mask[:, :-1].long()], dim=1)
-    start = prompts.mask.sum(dim=1).repeat_interleave(group)[:, None]
-    position = start + torch.arange(ids.shape[1] - 1, device=ids.device)            # (N, T - 1)
-    logits = first[:, None]                                                         # (N, 1, V)
-    if ids.shape[1] > 1:
-        rest = policy(input_ids=ids[:, :-1], attention_mask=seen, position_ids=position, past_key_values=cache,
-                      use_cache=True).logits
-        logits = torch.cat([logits, rest], dim=1)                                   # (N, T, V)
-    return token_logprobs(logits, ids, temperature)
-
-
-def micro_batches(batch, group, micro):
-    """Slices (prompts, rows, rows per prompt) that cover N = batch x group samples, `micro` of them at a time."""
-    for start in range(0, batch * group, micro):
-        stop = min(start + micro, batch * group)
-        yield slice(start // group, -(-stop // group)), slice(start, stop), min(group, stop - start)
-
-
-def codes_of(rollout, code):
-    """The codec's codes of each sample: its speech tokens; the stop token and stray text tokens have no sound."""
-    found = code.to(rollout.ids.device)[rollout.ids]                                # (N, T), -1 where not speech
-    return [row[row >= 0].numpy() for row in found.masked_fill(~rollout.mask, -1).cpu()]
-
-
-# ---- evaluate ----------------------------------------------------------------------------------------------
-
-def evaluate(policy, tokenizer, tests, voices, models, code, args, device, due=None, batch=50):
-    """One sample at the training temperature of every test sentence: (Speech records, metrics).
-
-    The seed is always the same, so that before and after, and all runs, differ in the weights alone. `due` (N,) are
-    the lengths to compare with, in tokens; None = the samples' own.
-    """
-    codec, _, second, speaker = models
-    chosen, speech, limit = voices_of(tests, voices), [], int(args.max_seconds * codec.tokens_per_s)
-    for start in range(0, len(tests), batch):
-        part = slice(start, start + batch)
-        prompts = make_prompts(tokenizer, [s.text for s in tests[part]], chosen[part], device)
-        rollout = sample(policy, prompts, 1, limit, tokenizer.convert_tokens_to_ids(END), args.temperature,
-                         generator_for(0, start, device))
-        codes = codes_of(rollout, code)
-        waves = codec.decode(codes)
-        speech += [Speech(*row) for row in zip([s.text for s in tests[part]], codes, waves, second.transcribe(waves),
-                                               rollout.truncated.tolist())]
-    similarity = (speaker.embed([s.wave for s in speech]) @ torch.stack([v.vector for v in voices]).T)[
-        range(len(tests)), [voices.index(v) for v in chosen]]
-    due = [len(s.codes) for s in speech] if due is None else due
-    if all(s.transcript is None for s in speech):
-        raise DataError(f"--second-judge {args.second_judge}: failed on every test sentence")
-    return speech, tts_metrics(speech, similarity.tolist(), due, codec.tokens_per_s, codec.rate, args.language)
-
-
-def self_check(policy, prompts, others, args, limit, stop, device):
-    """The pitfalls that stay silent, tried on the first batch before anything is trained; one line says how it went.
-
-    The trained log-probs are the sampler's (ratio 1), the reference is the untrained policy (KL 0), and the text
-    reaches them: asked for another text in the same voice (`others`), the same samples must be less likely.
-    """
-    count, group = max(1, min(len(prompts.ids), args.micro // args.group)), min(args.group, args.micro)
-    rollout = sample(policy, prompts[:count], group, limit, stop, args.temperature,
-                     generator_for(args.seed, 0, device))
-    with torch.no_grad():
-        logps = [completion_logprobs(policy, p, rollout.ids, rollout.mask, group, args.temperature)
-                 for p in (prompts[:count], others[:count])]
-        with policy.disable_adapter():
-            ref_logp = completion_logprobs(policy, prompts[:count], rollout.ids, rollout.mask, group, args.temperature)
-    mean = lambda x: float(x[rollout.mask].mean())  # noqa: E731
-    ratio, kl = mean((logps[0] - rollout.logp).exp().sub(1).abs()), mean(kl_k3(logps[0], ref_logp))
-    text = mean(logps[0] - logps[1])
-    exact = next(policy.parameters()).dtype == torch.float32 and args.quantize == "none"
-    tolerance = 1e-3 if exact else 0.05
-    line = f"|ratio - 1| {ratio:.1e}, KL {kl:.1e}, another text costs {text:.2f} nats a token"
-    if not (ratio <= tolerance and (kl <= tolerance or args.resume) and text >= 1e-3):  # so written, NaN fails
-        raise DataError(f"check failed: {line}. This model's sampling and training paths disagree, or it does not read")
-    print(f"check: {line}")
-
-
-def generator_for(seed, step, device):
-    """The random source of one step's samples: a function of the seed and the step, whatever came before."""
-    return torch.Generator(device).manual_seed(1_000_003 * seed + step)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -423,11 +172,11 @@ def train(args):
         """The texts of a step, and their prompts in a voice each: a function of the seed and the step."""
         batch = [texts[i] for i in batch_indices(step, len(texts), args.batch, args.seed)]
         said, chosen = [s.text for s in batch], voices_of(batch, voices)
-        return said, make_prompts(tokenizer, said, chosen, device), chosen          # (B, L)
+        return said, make_prompts(policy, tokenizer, said, chosen), chosen          # (B, L)
 
     said, prompts, chosen = prompts_of(0)
     other = next((t.text for t in texts if t.text not in said), said[-1] + " " + said[0])
-    others = make_prompts(tokenizer, [other] * args.batch, chosen, device)
+    others = make_prompts(policy, tokenizer, [other] * args.batch, chosen)
     self_check(policy, prompts, others, args, limit, stop, device)
     folder = Path(args.resume or args.out or new_run_folder("grpo_tts"))
     log = RunLog(folder, run_header(args, device, trained=sum(w.numel() for w in weights)),
@@ -540,44 +289,6 @@ def describe(step, args, phase, rollout, speech, reward, parts, judged, codec, d
         "clipped": float(((drift.exp() - 1).abs() > args.clip).float().mean()), "grad_norm": float(norm), "lr": args.lr,
         "seconds": seconds, "peak_memory_gib": phase.peak_gib(), "peak_by_phase_gib": dict(phase.peaks),
     }
-
-
-def best_and_worst(step, reward, parts, speech):
-    """Of the group whose rewards (B, G) differ most: the text, the best and the worst sample, with every part."""
-    group = int(reward.std(dim=1).argmax())
-    row = {"step": step, "reference": speech[group * reward.shape[1]].text}
-    for name, j in (("best", int(reward[group].argmax())), ("worst", int(reward[group].argmin()))):
-        heard = speech[group * reward.shape[1] + j]
-        row[name] = {"text": heard.transcript, "total": float(reward[group, j]), "tokens": len(heard.codes),
-                     **{part: float(values[group, j]) for part, values in parts.items()}}
-    return row
-
-
-def finish(policy, given, due, before, state, folder, log, phase, listened=10):
-    """Evaluates the best adapter; table, transcripts, times, the page to listen to, summary.json."""
-    args, codec = given[5], given[3][0]
-    load_adapter(policy, folder / "adapter")
-    with phase("evaluate"):
-        after = evaluate(policy, *given, due)
-    print_tts_table(before[1], after[1])
-    heard = [[s.transcript or "" for s in found[0]] for found in (before, after)]
-    print_transcripts([s.text for s in before[0]], *heard, args.language)
-    print_times(phase, state["step"])
-    rows = [{"text": b.text, "voice": v.name, "before": {"wave": b.wave, "transcript": b.transcript or ""},
-             "after": {"wave": a.wave, "transcript": a.transcript or ""}}
-            for v, b, a in list(zip(voices_of(given[1], given[2]), before[0], after[0]))[:listened]]
-    title = f"Before and after {state['best_step']} steps"
-    page = write_page(folder / "samples", rows, codec.rate, title, args.language)
-    was, now = before[1]["wer"], after[1]["wer"]
-    log.summary({
-        "metric": "WER by the second judge, sampled, best adapter", "before": was, "after": now, "best": state["best"],
-        "best_step": state["best_step"], "last": state.get("last", was), "steps": state["step"],
-        "seconds": sum(phase.total.values()), "phase_seconds": phase.total, "peak_memory_gib": phase.peak_gib(),
-        "peak_by_phase_gib": phase.peaks,
-        "test": {"before": before[1], "after": after[1]}})
-    change = f" ({100 * (now - was) / was:+.0f} %)" if was else ""
-    print(f"to listen: {page}\nWER by the second judge: {percent(was)} -> {percent(now)}{change} in {state['step']} "
-          f"steps.  Everything is in {folder}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from grpo_asr import completion_mask, group_advantages, grpo_loss, kl_k3, micro_batches, token_logprobs
+from grpo_asr import completion_mask, group_advantages, grpo_loss, kl_k3, token_logprobs
+from sampling import micro_batches
 
 
 def random_step(samples=6, tokens=5, vocabulary=7, seed=0, dtype=torch.float64):

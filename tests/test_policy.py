@@ -9,7 +9,8 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 import grpo_asr
 from data import collate, load_folder, mend_attention
-from grpo_asr import completion_logprobs, decode, encode, end_tokens, generator_for, grpo_loss, sample
+from grpo_asr import completion_logprobs, decode, encode, end_tokens, grpo_loss, references
+from sampling import Rollout, completion_logits, generator_for, micro_batches, prefill, sample
 
 G = 3
 
@@ -96,7 +97,7 @@ def test_embeddings_and_logits_are_those_of_the_models_own_forward(recogniser, c
     inputs = collate(recogniser[1], clips[:3], "en")
     with torch.no_grad():
         expected = policy(**inputs, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)).logits[:, -1]
-        first, _ = grpo_asr.prefill(policy, encode(policy, inputs), 1)
+        first, _ = prefill(policy, encode(policy, inputs), 1)
     assert torch.allclose(first, expected, atol=1e-4)
 
 
@@ -133,7 +134,7 @@ def test_pitfall_4_sampling_is_untruncated_and_ignores_the_generation_config(rec
     finally:
         config.update(**saved)
     with torch.no_grad():
-        p = torch.softmax(grpo_asr.prefill(policy, prompts, 1)[0][0].float() / 3.0, -1)
+        p = torch.softmax(prefill(policy, prompts, 1)[0][0].float() / 3.0, -1)
     counts = torch.bincount(draws.ids[:, 0], minlength=len(p)).float()
     assert (counts > 0).sum() > 60                                             # top_k = 50 would stop at 50
     assert (counts / 4000 - p).abs().max() < 5 * (0.25 / 4000) ** 0.5
@@ -154,6 +155,39 @@ def test_the_same_seed_and_step_give_the_same_rollout(recogniser, clips):
     assert torch.equal(a, b) and (a.shape != c.shape or not torch.equal(a, c))
 
 
+def test_supervised_is_the_cross_entropy_of_the_references(recogniser, clips):
+    """The gradient of Eq. 3 on the references with A = 1 and beta = 0 is that of their mean cross-entropy."""
+    _, processor, policy = recogniser
+    prompts = encode(policy, collate(processor, clips[:3], "en"))
+    taught = references(policy, processor, prompts, clips[:3], end_tokens(policy), 1.0)
+    assert decode(processor, taught) == [u.text for u in clips[:3]]
+    assert (taught.ids.gather(1, taught.mask.sum(1, keepdim=True) - 1) == end_tokens(policy)[0]).all()
+
+    def gradient(loss):
+        policy.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+
+    logp = completion_logprobs(policy, prompts, taught.ids, taught.mask, 1, 1.0)
+    ours = gradient(grpo_loss(logp, taught.logp, logp.detach(), torch.ones(3), taught.mask, beta=0.0))
+    logits = completion_logits(policy, prompts, taught.ids, taught.mask, 1)
+    entropies = [torch.nn.functional.cross_entropy(row[keep], ids[keep])
+                 for row, ids, keep in zip(logits, taught.ids, taught.mask)]
+    assert torch.allclose(ours, gradient(sum(entropies) / 3), atol=1e-5) and ours.norm() > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graphed_rollout_is_the_plain_one(clips, monkeypatch):
+    device = torch.device("cuda")
+    processor, policy = grpo_asr.load(grpo_asr.parse_args([]), device)
+    prompts = encode(policy, collate(processor, clips[:4], "en").to(device))
+    draw = lambda: sample(policy, prompts, 4, 30, [-1], 1.0, generator_for(0, 0, device))  # noqa: E731
+    graphed = draw()
+    monkeypatch.setattr("sampling.graphable", lambda policy: False)
+    plain = draw()
+    assert torch.equal(graphed.ids, plain.ids) and torch.allclose(graphed.logp, plain.logp, atol=1e-3)
+
+
 def test_dropping_ended_rows_changes_nothing(recogniser, clips, monkeypatch):
     _, rollout = rollout_of(recogniser, clips[:3], limit=60)
     monkeypatch.setattr("transformers.DynamicCache.batch_select_indices", None)      # would fail if it were called
@@ -169,7 +203,7 @@ def rollout_of_without_dropping(recogniser, utterances):
     draws = sample(policy, prompts, G, 60, [-1], 1.0, generator_for(0, 0, torch.device("cpu")))
     mask = grpo_asr.completion_mask(draws.ids, end_tokens(policy))
     width = int(mask.sum(1).max())
-    return prompts, grpo_asr.Rollout(draws.ids[:, :width], mask[:, :width], draws.logp[:, :width],
+    return prompts, Rollout(draws.ids[:, :width], mask[:, :width], draws.logp[:, :width],
                                      draws.entropy[:, :width], draws.truncated)
 
 
@@ -191,7 +225,7 @@ def gradients(recogniser, clips, micro, extra=0):
     ids, mask, old = pad(rollout.ids), pad(rollout.mask, False), pad(rollout.logp)
     advantage = torch.linspace(-1, 1, 8)
     policy.zero_grad()
-    for part, rows, group in grpo_asr.micro_batches(2, 4, micro):
+    for part, rows, group in micro_batches(2, 4, micro):
         logp = completion_logprobs(policy, prompts[part], ids[rows], mask[rows], group, 1.0)
         with torch.no_grad(), policy.disable_adapter():
             ref = completion_logprobs(policy, prompts[part], ids[rows], mask[rows], group, 1.0)

@@ -100,6 +100,12 @@ def test_the_seed_decides_everything(tests_folder, tmp_path, unbroken):
     assert of(again) == of(unbroken[1]) != of(other)
 
 
+def test_the_supervised_control_trains_on_the_references(tests_folder, tmp_path):
+    rows = [line for line in run(tests_folder, tmp_path / "run", "--steps", "2", "--supervised") if "reward" in line]
+    assert [row["R1"] for row in rows] == [1, 1] and [row["wer"] for row in rows] == [0, 0]
+    assert all(row["grad_norm"] > 0 for row in rows) and rows[0]["kl"] == 0 < rows[1]["kl"]
+
+
 def test_an_8bit_policy_trains(tests_folder, tmp_path, capsys):
     lines = run(tests_folder, tmp_path / "run", "--steps", "3", "--quantize", "8bit")
     rows = [line for line in lines if "reward" in line]

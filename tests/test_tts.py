@@ -9,8 +9,7 @@ import torch
 import data
 import grpo_tts
 from data import DataError, load_folder, load_sentences
-from grpo_asr import group_advantages, grpo_loss
-from grpo_tts import Prompts, codes_of, completion_logprobs, generator_for, make_prompts, sample
+from grpo_asr import completion_logprobs, group_advantages, grpo_loss
 from judges import Codec, Judge
 from rewards import (
     Speech,
@@ -21,6 +20,21 @@ from rewards import (
     token_diversity,
     tts_reward,
 )
+from sampling import Prompts, Rollout, generator_for, micro_batches, prefill, sample
+from speech import (
+    END,
+    START,
+    codes_of,
+    evaluate,
+    load,
+    load_judges,
+    load_voices,
+    make_prompts,
+    prompt_ids,
+    self_check,
+    speech_tokens,
+    voices_of,
+)
 
 CPU, G, RATE = torch.device("cpu"), 4, 16_000
 
@@ -30,12 +44,12 @@ def speaker_of_text():
     """(args, tokenizer, policy with adapters off zero, frozen models, code table, voices)."""
     args = grpo_tts.parse_args(["--device", "cpu"])
     data.quiet()
-    tokenizer, policy = grpo_tts.load(args, CPU)
-    models = grpo_tts.load_judges(args, CPU)
-    code = grpo_tts.speech_tokens(tokenizer, models[0], policy.config.vocab_size)
+    tokenizer, policy = load(args, CPU)
+    models = load_judges(args, CPU)
+    code = speech_tokens(tokenizer, models[0], policy.config.vocab_size)
     recordings = [u.waveform(RATE) for u in load_folder("data/tts/test")[:10]]
     heard = models[0].encode(recordings)                       # before the encoder is dropped
-    voices = grpo_tts.load_voices(args, models[0], models[3])
+    voices = load_voices(args, models[0], models[3])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in policy.named_parameters():
@@ -48,11 +62,11 @@ TEXTS = ("marian told anna a cheap story about the falcon", "the animal near the
 
 
 def prompts_of(made, texts=TEXTS):
-    return make_prompts(made[1], texts, made[5][:len(texts)], CPU)
+    return make_prompts(made[2], made[1], texts, made[5][:len(texts)])
 
 
 def stop_of(made):
-    return made[1].convert_tokens_to_ids(grpo_tts.END)
+    return made[1].convert_tokens_to_ids(END)
 
 
 def rollout_of(made, prompts, limit=40, temperature=1.0, seed=0):
@@ -216,11 +230,11 @@ def test_offloaded_models_return_to_main_memory(speaker_of_text):
 
 def test_the_prompt_is_that_of_llasa(speaker_of_text):
     _, tokenizer, *_, voices, _ = speaker_of_text
-    prompts = prompts_of(speaker_of_text)
-    said = tokenizer.decode(prompts.ids[0][prompts.mask[0].bool()])
+    asked = prompt_ids(tokenizer, TEXTS, voices[:2])
+    said = tokenizer.decode(asked.input_ids[0][asked.attention_mask[0].bool()])
     assert said.startswith("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nConvert the text to speech:"
                            f"<|TEXT_UNDERSTANDING_START|>{voices[0].text} {TEXTS[0]}<|TEXT_UNDER")
-    assert said.endswith(f"{grpo_tts.START}" + "".join(f"<|s_{c}|>" for c in voices[0].codes))
+    assert said.endswith(f"{START}" + "".join(f"<|s_{c}|>" for c in voices[0].codes))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -240,14 +254,14 @@ def test_pitfall_2_and_15_every_sample_goes_with_its_own_text_whatever_is_beside
         both = completion_logprobs(policy, prompts, rollout.ids, rollout.mask, G, 1.0)
         for i in (0, 1):
             rows, real = slice(i * G, i * G + G), prompts.mask[i].bool()
-            alone = Prompts(prompts.ids[i:i + 1, real], prompts.mask[i:i + 1, real])
+            alone = Prompts(prompts.embeds[i:i + 1, real], prompts.mask[i:i + 1, real])
             logp = completion_logprobs(policy, alone, rollout.ids[rows], rollout.mask[rows], G, 1.0)
             assert (logp - both[rows])[rollout.mask[rows]].abs().max() < 1e-3
 
 
 def test_pitfall_4_sampling_is_untruncated_and_ignores_the_generation_config(speaker_of_text):
     policy, prompts = speaker_of_text[2], prompts_of(speaker_of_text)[:1]
-    prompts = Prompts(prompts.ids[:, -8:], prompts.mask[:, -8:])             # 3,000 copies of a long one would not fit
+    prompts = Prompts(prompts.embeds[:, -8:], prompts.mask[:, -8:])         # 3,000 copies of a long one would not fit
     config = policy.get_base_model().generation_config
     saved = copy.deepcopy(config.to_dict())
     config.update(do_sample=True, top_k=2, temperature=0.1)
@@ -256,7 +270,7 @@ def test_pitfall_4_sampling_is_untruncated_and_ignores_the_generation_config(spe
     finally:
         config.update(**saved)
     with torch.no_grad():
-        p = torch.softmax(grpo_tts.prefill(policy, prompts, 1)[0][0].float() / 3.0, -1)
+        p = torch.softmax(prefill(policy, prompts, 1)[0][0].float() / 3.0, -1)
     counts = torch.bincount(draws.ids[:, 0], minlength=len(p)).float()
     assert (counts > 0).sum() > 200 and (counts / 3000 - p).abs().max() < 5 * (0.25 / 3000) ** 0.5
 
@@ -273,8 +287,8 @@ def test_pitfall_6_the_stop_token_is_an_action_and_a_truncated_sample_has_none(s
 
 def test_codes_are_the_speech_tokens_alone(speaker_of_text):
     code, tokenizer = speaker_of_text[4], speaker_of_text[1]
-    ids = tokenizer.convert_tokens_to_ids(["<|s_5|>", "<|s_4095|>", "a", "<|s_0|>", grpo_tts.END, "<|s_9|>"])
-    rollout = grpo_tts.Rollout(torch.tensor([ids]), torch.tensor([[True] * 5 + [False]]), None, None, None)
+    ids = tokenizer.convert_tokens_to_ids(["<|s_5|>", "<|s_4095|>", "a", "<|s_0|>", END, "<|s_9|>"])
+    rollout = Rollout(torch.tensor([ids]), torch.tensor([[True] * 5 + [False]]), None, None, None)
     assert [c.tolist() for c in codes_of(rollout, code)] == [[5, 4095, 0]]
 
 
@@ -286,7 +300,7 @@ def test_pitfall_12_the_gradient_does_not_depend_on_the_micro_batch(speaker_of_t
 
     def gradient(micro):
         policy.zero_grad()
-        for part, rows, group in grpo_tts.micro_batches(2, G, micro):
+        for part, rows, group in micro_batches(2, G, micro):
             span = rows, slice(int(rollout.mask[rows].sum(dim=1).max()))
             asked = (prompts[part], rollout.ids[span], rollout.mask[span], group, 1.0)
             logp = completion_logprobs(policy, *asked)
@@ -356,7 +370,7 @@ def test_a_codec_of_another_model_is_refused(speaker_of_text, monkeypatch, count
     codec = speaker_of_text[3][0]
     monkeypatch.setattr(codec, "count", count)
     with pytest.raises(DataError, match=f"speaks 4096 codes, up to 4095, and --codec knows {count}"):
-        grpo_tts.speech_tokens(speaker_of_text[1], codec, 4361)
+        speech_tokens(speaker_of_text[1], codec, 4361)
 
 
 def test_weights_of_another_task_are_refused(tmp_path):
@@ -372,14 +386,14 @@ def test_what_is_evaluated(speaker_of_text):
     tests = load_sentences("data/tts/test")[:4][::-1]
     due = [s.seconds * 25 for s in tests]
     with policy.disable_adapter():
-        speech, metrics = grpo_tts.evaluate(policy, tokenizer, tests, voices, models, code, args, CPU, due)
-        again = grpo_tts.evaluate(policy, tokenizer, tests, voices, models, code, args, CPU, due)[1]
+        speech, metrics = evaluate(policy, tokenizer, tests, voices, models, code, args, CPU, due)
+        again = evaluate(policy, tokenizer, tests, voices, models, code, args, CPU, due)[1]
     assert metrics == again and [s.text for s in speech] == [s.text for s in tests]
-    assert [v.name for v in grpo_tts.voices_of(tests, voices)] == [s.voice for s in tests]
+    assert [v.name for v in voices_of(tests, voices)] == [s.voice for s in tests]
     assert metrics["length_ratio"] == pytest.approx(sum(len(s.codes) for s in speech) / sum(due))
     words = sum(len(s.text.split()) for s in tests)
     assert metrics["words_per_s"] == pytest.approx(words / sum(len(s.codes) / 25 for s in speech))
-    alike = [float(models[3].embed([s.wave])[0] @ v.vector) for s, v in zip(speech, grpo_tts.voices_of(tests, voices))]
+    alike = [float(models[3].embed([s.wave])[0] @ v.vector) for s, v in zip(speech, voices_of(tests, voices))]
     assert metrics["similarity"] == pytest.approx(np.mean(alike), abs=1e-4)
 
 
@@ -387,7 +401,7 @@ def test_pitfall_1_a_model_that_does_not_read_is_refused(speaker_of_text):
     args, _, policy = speaker_of_text[:3]
     prompts = prompts_of(speaker_of_text)
     with pytest.raises(DataError, match="check failed"):
-        grpo_tts.self_check(policy, prompts, prompts, args, 30, stop_of(speaker_of_text), CPU)
+        self_check(policy, prompts, prompts, args, 30, stop_of(speaker_of_text), CPU)
 
 
 def test_encoding_needs_the_whole_codec(speaker_of_text):
@@ -444,7 +458,7 @@ def test_resume_equals_the_unbroken_run(unbroken, tmp_path):
 
 def test_an_8bit_policy_trains(unbroken, tmp_path):
     from bitsandbytes.nn import Linear8bitLt
-    policy = grpo_tts.load(grpo_tts.parse_args(["--device", "cpu", "--quantize", "8bit"]), CPU)[1]
+    policy = load(grpo_tts.parse_args(["--device", "cpu", "--quantize", "8bit"]), CPU)[1]
     assert sum(isinstance(m, Linear8bitLt) for m in policy.modules()) == 6 * 7          # every linear layer, no head
     lines = run(tmp_path / "run", unbroken[0] / "test.txt", "--steps", "3", "--quantize", "8bit", "--eval-every", "0")
     rows = [line for line in lines if "reward" in line]

@@ -1,0 +1,194 @@
+"""Sampling from the policy, and its logits on what was sampled: the part of GRPO that takes the time.
+
+    prompts = Prompts(embeds, mask)                        what is asked, embedded once a step
+    rollout = sample(policy, prompts, group, ...)          G samples of each, from the untruncated distribution
+    logits  = completion_logits(policy, prompts, ...)      the teacher-forced pass over the samples
+
+A prompt is read once and its keys and values are copied to the G rows that share it, in the rollout, the policy pass
+and the reference pass alike. On a GPU one decoding step is captured as a CUDA graph and replayed: the same kernels
+without the launching of each, which is most of the time of a small batch. All of this is our choice; the paper samples
+with vLLM.
+
+Shapes: B prompts, G samples each, N = B G samples, T tokens of a sample, L of a prompt, D width, V vocabulary.
+"""
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, StaticCache
+
+
+@dataclass
+class Prompts:
+    """What is asked, as embeddings: text, and audio that is already encoded."""
+
+    embeds: torch.Tensor  # (B, L, D), padded on the left
+    mask: torch.Tensor    # (B, L)
+
+    def __getitem__(self, part):
+        return Prompts(self.embeds[part], self.mask[part])
+
+
+@dataclass
+class Rollout:
+    """What was sampled, and how likely it was to its sampler."""
+
+    ids: torch.Tensor      # (N, T), anything after the end token
+    mask: torch.Tensor     # (N, T), the end token included
+    logp: torch.Tensor     # (N, T), log pi_old of Eq. 2
+    entropy: torch.Tensor  # (N, T), of the whole distribution, nats
+    truncated: torch.Tensor  # (N,), true where no end token came
+
+
+def completion_mask(ids, eos_token_id):
+    """(N, T) -> (N, T) bool: true up to and including the first end token, all true where there is none.
+
+    The end token is an action like any other: without its gradient the model never learns when to stop.
+    `eos_token_id` is an int or a list of them.
+    """
+    end = torch.isin(ids, torch.as_tensor(eos_token_id, device=ids.device))
+    return end.cumsum(dim=1) - end.long() == 0
+
+
+def prefill(policy, prompts, group):
+    """Reads each prompt once, then copies its keys and values to the `group` rows that share it.
+
+    Returns the logits of the first token (N, V) and the cache. Differentiable: the update shares the prompt too.
+    """
+    cache = DynamicCache()
+    out = policy(inputs_embeds=prompts.embeds, attention_mask=prompts.mask, past_key_values=cache, use_cache=True,
+                 position_ids=(prompts.mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1)
+    cache.batch_repeat_interleave(group)
+    return out.logits[:, -1].repeat_interleave(group, dim=0), cache
+
+
+class GraphedStep:
+    """One decoding step of all rows as a CUDA graph: token (N,) -> logits (N, V), the same numbers as the plain step.
+
+    A graph replays fixed kernels on fixed memory, so everything that changes lives in tensors that change in place:
+    the token, its position, the keys and values, and which of them may be seen. Not for bitsandbytes weights: their
+    matrix products wait for the CPU.
+    """
+
+    def __init__(self, policy, cache, mask, room):
+        """`cache` and `mask` (N, L) of the prompts; `room` for as many tokens."""
+        length, dtype = mask.shape[1], cache.layers[0].keys.dtype
+        config = policy.get_base_model().config.get_text_config(decoder=True)
+        self.cache = StaticCache(config, max_cache_len=length + room)
+        for i, layer in enumerate(cache.layers):
+            self.cache.update(layer.keys, layer.values, i)
+        self.token = mask.new_zeros(len(mask), 1)
+        self.position, self.column = self.token.clone(), self.token.new_zeros(1)
+        hide = torch.finfo(dtype).min
+        self.hidden = mask.new_full((len(mask), 1, 1, length + room), hide, dtype=dtype)   # added to the scores
+
+        def rewind():
+            self.position.copy_(mask.sum(dim=1, keepdim=True))
+            self.column.fill_(length)
+            self.hidden.fill_(hide)
+            self.hidden[..., :length].masked_fill_(mask[:, None, None].bool(), 0)
+            for layer in self.cache.layers:
+                layer.cumulative_length.fill_(length)
+
+        def step():
+            self.hidden.index_fill_(3, self.column, 0)
+            logits = policy(input_ids=self.token, attention_mask=self.hidden, past_key_values=self.cache,
+                            use_cache=True, position_ids=self.position).logits[:, -1]
+            self.column += 1
+            self.position += 1
+            return logits
+
+        self.graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):                            # warm-up: what is set up on first use can't be captured
+                rewind()
+                step()
+            torch.cuda.synchronize()
+            self.graph.capture_begin()
+            self.logits = step()
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
+        rewind()
+
+    def __call__(self, token):
+        self.token.copy_(token[:, None])
+        self.graph.replay()
+        return self.logits
+
+
+def graphable(policy):
+    """Whether a decoding step can be captured: on a GPU, and not quantised."""
+    return policy.device.type == "cuda" and not getattr(policy.get_base_model(), "is_quantized", False)
+
+
+@torch.no_grad()
+def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=None):
+    """G samples of every prompt, from the whole untruncated distribution (temperature 0 = greedy): Rollout.
+
+    No setting of the checkpoint's generation_config takes part. `eos` is an int or a list of them. Rows that have
+    ended leave the batch, but not a CUDA graph's.
+    """
+    logits, cache = prefill(policy, prompts, group)                                 # (N, V)
+    mask = prompts.mask.repeat_interleave(group, dim=0)                             # (N, L)
+    position = mask.sum(dim=1)
+    alive = torch.arange(len(mask), device=mask.device)                             # rows computed
+    going = torch.ones_like(alive, dtype=torch.bool)                                # not yet ended
+    eos = torch.as_tensor(eos, device=mask.device)
+    ids = eos.reshape(-1)[0].repeat(len(mask), max_tokens)
+    logp, entropy = torch.zeros((2, *ids.shape), device=mask.device)
+    graphed = GraphedStep(policy, cache, mask, max_tokens) if graphable(policy) and max_tokens > 1 else None
+    for t in range(max_tokens):
+        scores = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)   # (alive, V)
+        if temperature:
+            # Gumbel-max: argmax(log p - log E), E ~ Exp(1), is an exact draw from p; noise for every row, alive or
+            # not, so that a sample does not depend on when the others end
+            noise = torch.empty((len(mask), scores.shape[1]), device=mask.device).exponential_(generator=generator)
+            token = (scores - noise[alive].clamp(min=1e-30).log()).argmax(dim=-1)
+        else:
+            token = scores.argmax(dim=-1)
+        ids[alive, t] = token
+        logp[alive, t] = scores.gather(1, token[:, None])[:, 0]
+        entropy[alive, t] = -(scores.exp() * scores).sum(dim=-1)
+        going &= ~torch.isin(token, eos)
+        left = int(going.sum())
+        if left == 0 or t == max_tokens - 1:
+            break
+        if graphed:
+            logits = graphed(token)
+            continue
+        if left <= 0.8 * len(alive):          # not at every end: dropping rows copies the cache
+            keep = going.nonzero()[:, 0]
+            alive, token, going = alive[keep], token[keep], going[keep]
+            cache.batch_select_indices(keep)
+        seen = torch.cat([mask[alive], mask.new_ones(len(alive), t + 1)], dim=1)
+        logits = policy(input_ids=token[:, None], attention_mask=seen, past_key_values=cache, use_cache=True,
+                        position_ids=position[alive, None] + t).logits[:, -1]
+    ids, logp, entropy = ids[:, :t + 1], logp[:, :t + 1], entropy[:, :t + 1]
+    return Rollout(ids, completion_mask(ids, eos), logp, entropy, ~torch.isin(ids, eos).any(dim=1))
+
+
+def completion_logits(policy, prompts, ids, mask, group):
+    """The policy's logits at every token of given samples, (N, T) -> (N, T, V); every prompt is read once for its
+    `group` rows."""
+    first, cache = prefill(policy, prompts, group)
+    seen = torch.cat([prompts.mask.repeat_interleave(group, dim=0), mask[:, :-1].long()], dim=1)
+    start = prompts.mask.sum(dim=1).repeat_interleave(group)[:, None]
+    position = start + torch.arange(ids.shape[1] - 1, device=ids.device)            # (N, T - 1)
+    logits = first[:, None]                                                         # (N, 1, V)
+    if ids.shape[1] > 1:
+        rest = policy(input_ids=ids[:, :-1], attention_mask=seen, position_ids=position, past_key_values=cache,
+                      use_cache=True).logits
+        logits = torch.cat([logits, rest], dim=1)                                   # (N, T, V)
+    return logits
+
+
+def micro_batches(batch, group, micro):
+    """Slices (prompts, rows, rows per prompt) that cover N = batch x group samples, `micro` of them at a time."""
+    for start in range(0, batch * group, micro):
+        stop = min(start + micro, batch * group)
+        yield slice(start // group, -(-stop // group)), slice(start, stop), min(group, stop - start)
+
+
+def generator_for(seed, step, device):
+    """The random source of one step's samples: a function of the seed and the step, whatever came before."""
+    return torch.Generator(device).manual_seed(1_000_003 * seed + step)

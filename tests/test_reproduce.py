@@ -1,0 +1,61 @@
+"""The experiments: what is run, and that tables are made of the logs alone."""
+import json
+
+import pytest
+
+import reproduce
+
+
+def leave_run(results, what, name, seed, wer):
+    folder = reproduce.folder_of(results, what, name, seed)
+    folder.mkdir(parents=True)
+    before, after = dict(wer=0.2, similarity=0.8, length_ratio=1.0, f0_spread=2.5, truncated=0.0), dict(
+        wer=wer, similarity=0.9, length_ratio=1.0, f0_spread=2.0, truncated=0.0)
+    (folder / "summary.json").write_text(json.dumps({"seconds": 1, "test": {"before": before, "after": before}}))
+    lines = [{"arguments": {"seed": seed}}, {"step": -1, "eval": before, "eval_wer": 0.2},
+             {"step": 0, "reward": 0.5}, {"step": 0, "eval": after, "eval_wer": wer}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_table_is_the_mean_and_range_after_the_last_step(tmp_path):
+    for seed, wer in ((1, 0.10), (2, 0.14), (3, 0.12)):
+        leave_run(tmp_path, "table2", "GRPO, R1", seed, wer)
+    leave_run(tmp_path, "table2", "DiffRO", 1, 0.05)
+    written = reproduce.write_all(tmp_path)
+    assert (tmp_path / "table2.md").read_text().splitlines()[2:] == [
+        "| no RL | 20.0 | 0.800 | 1.000 | 2.500 | 0.0 |",
+        "| GRPO, R1 | 12.0 (10.0 to 14.0) | 0.900 (0.900 to 0.900) | 1.000 (1.000 to 1.000) | 2.000 (2.000 to 2.000) "
+        "| 0.0 (0.0 to 0.0) |",
+        "| DiffRO | 5.0 | 0.900 | 1.000 | 2.000 | 0.0 |"]
+    assert [p.name for p in written] == ["table2.md", "table2.png"] and all(p.exists() for p in written)
+
+
+def test_every_row_has_a_folder_of_its_own_and_flags_that_its_script_takes():
+    import diffro_tts
+    import grpo_asr
+    import grpo_tts
+
+    scripts = {"grpo_asr.py": grpo_asr, "grpo_tts.py": grpo_tts, "diffro_tts.py": diffro_tts}
+    for what, rows in reproduce.ROWS.items():
+        assert len({reproduce.folder_of("", what, name, 1) for name in rows}) == len(rows)
+        for script, flags in rows.values():
+            scripts[script].parse_args(flags.split())
+
+
+def test_a_run_that_is_there_is_not_repeated_and_one_that_fails_is_named(tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    leave_run(results, "table2", "DiffRO", 1, 0.05)
+    asked = ["--table", "2", "--rows", "DiffRO", "--results", str(results), "--seeds"]
+    reproduce.main([*asked, "1"])
+    monkeypatch.setitem(reproduce.ROWS["table2"], "DiffRO", ("grpo_tts.py", "--model nowhere --steps 1"))
+    with pytest.raises(SystemExit, match=r"1 runs failed.*diffro-seed2.txt"):
+        reproduce.main([*asked, "2"])
+    assert "no such folder" in (reproduce.Path("runs/reproduce/table2/diffro-seed2.txt")).read_text()
+
+
+@pytest.mark.parametrize("flags, message", [(["--table", "2", "--rows", "GRPO R9"], "no such row"),
+                                            (["--device", "cpu"], "need --table")])
+def test_mistakes_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        reproduce.parse_args(flags)
+    assert message in capsys.readouterr().err
