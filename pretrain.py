@@ -30,6 +30,8 @@ def parse_args(argv=None):
     parser.add_argument("--train-steps", type=int, default=3_000, help="of each recogniser (default: 3000)")
     parser.add_argument("--batch", type=int, default=128, help="utterances a step (default: 128)")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of AdamW (default: 1e-3)")
+    parser.add_argument("--go-on", action="store_true",
+                        help="asr, asr2, token2text: train on from what is in checkpoints/ (default: from nothing)")
     parser.add_argument("--ctc", type=float, default=0.5, help="weight of the CTC loss (default: 0.5)")
     parser.add_argument("--tts-count", type=int, default=40_000, help="utterances of the TTS corpus (default: 40000)")
     parser.add_argument("--decoded-count", type=int, default=8_000,
@@ -278,8 +280,13 @@ def train_recogniser(args, name):
     parts = [torch.load(BUILD / f"{part}.pt", weights_only=True) for part in ("decoded", "corpus")]
     texts, keywords = (sum((part[key] for part in parts), []) for key in ("text", "keywords"))
     frames = torch.cat([part["frames"] for part in parts])
-    processor = build_processor(texts)
-    model = build_recogniser(processor, **SIZES[name])
+    if args.go_on:
+        folder = CHECKPOINTS / name
+        processor = FunAsrNanoProcessor.from_pretrained(folder)
+        model = mend_attention(FunAsrNanoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
+    else:
+        processor = build_processor(texts)
+        model = build_recogniser(processor, **SIZES[name])
     size = SIZES[name]["seed"]
     device = pick_device(args.device)
     cuda = device.type == "cuda"
@@ -404,6 +411,7 @@ def plan_sets(seed):
     plan["d2_short"] = domain(texts(400))  # candidates: the 150 shortest are kept
     plan["d2_long"] = domain(texts(200, length=(2, 4)))
     plan["d3"] = domain(texts(400, "keywords"))
+    plan["d1"] += domain(texts(400))  # last, so that the other sets stay what they are
     return plan
 
 
@@ -440,7 +448,7 @@ def build_sets(args):
             errors = [jiwer.wer(row[0], a) * (a != b) for row, a, b in zip(rows, first, second)]
             hard = [i for i in keep if not repeats_itself(rows[i][0]) and errors[i] > 0.1]
             repeats = [i for i in keep if repeats_itself(rows[i][0])]
-            keep = sorted(hard[:340] + repeats)
+            keep = sorted(hard[:280] + repeats)
             print(f"d1: {len(hard)} of {len(rows)} are hard cases; kept {len(keep)} with {len(repeats)} repetitions")
         if name == "d2_short":
             keep = sorted(sorted(keep, key=lambda i: len(waves[i]))[:150])

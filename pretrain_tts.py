@@ -24,11 +24,11 @@ import torchaudio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MBartConfig,
+    MBartForConditionalGeneration,
     PreTrainedTokenizerFast,
     Wav2Vec2FeatureExtractor,
     WavLMConfig,
@@ -426,7 +426,7 @@ def build_texts(args):
 # ---- Token2Text --------------------------------------------------------------------------------------------
 
 def train_token2text(args):
-    """Trains log P(text | speech tokens) on any folder of "text" and "tokens" (--tokens): a small BART whose encoder
+    """Trains log P(text | speech tokens) on any folder of "text" and "tokens" (--tokens): a small mBART whose encoder
     reads embeddings, so that a mixture of codes is read like a single one.
 
     It trains with the noise it will meet as a reward: mixtures of codes, masked and swapped codes. A CTC head on the
@@ -442,11 +442,16 @@ def train_token2text(args):
     text = [tokenizer(r["text"], add_special_tokens=False).input_ids + [end] for r in rows]
     speech = [np.array(r["tokens"]) + first for r in rows]
     torch.manual_seed(2)
-    model = BartForConditionalGeneration(BartConfig(
-        vocab_size=len(tokenizer), d_model=192, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=768,
-        decoder_ffn_dim=768, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=1024,
-        dropout=0.1, pad_token_id=pad, eos_token_id=end, bos_token_id=tokenizer.bos_token_id, is_encoder_decoder=True,
-        decoder_start_token_id=end, forced_eos_token_id=None, first_speech_token=first)).to(device).train()
+    longest = max(map(len, speech + text))
+    model = MBartForConditionalGeneration(MBartConfig(
+        vocab_size=len(tokenizer), d_model=160, encoder_layers=4, decoder_layers=2, encoder_ffn_dim=640,
+        decoder_ffn_dim=320, encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.1,
+        max_position_embeddings=max(512, 2 * longest), pad_token_id=pad, eos_token_id=end,
+        bos_token_id=tokenizer.bos_token_id, is_encoder_decoder=True, decoder_start_token_id=end,
+        forced_eos_token_id=None, first_speech_token=first))
+    if args.go_on:
+        model = MBartForConditionalGeneration.from_pretrained(CHECKPOINTS / "token2text", dtype=torch.float32)
+    model.to(device).train()
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, decoder_start_token_id=end)
     blank = 256                                                  # behind the bytes
     ctc_head = torch.nn.Linear(model.config.d_model, blank + 1).to(device)
@@ -521,15 +526,16 @@ def token2text_wer(model, tokenizer, rows):
 
 # ---- speaker model -----------------------------------------------------------------------------------------
 
-def train_speaker(args, seconds=1.5, batch=64):
-    """A small `WavLMForXVector` on random cuts of build/voices.pt: which of its voices is it?"""
+def train_speaker(args, seconds=1.6, batch=64):
+    """A small `WavLMForXVector` on random cuts of build/voices.pt, half of them after the codec: which of its voices
+    is it?"""
     data = torch.load(BUILD / "voices.pt", weights_only=True, mmap=True)
     device, started = pick_device(args.device), time.time()
     names = sorted(set(data["voice"]))
     label = torch.tensor([names.index(v) for v in data["voice"]])
     lengths, size = data["lengths"], int(seconds * RATE)
     offsets = torch.cumsum(lengths, 0) - lengths
-    samples = data["samples"].to(device)
+    samples, codec = data["samples"].to(device), load_codec(device)
     torch.manual_seed(3)
     model = WavLMForXVector(WavLMConfig(
         hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, conv_dim=[48] * 7,
@@ -542,17 +548,22 @@ def train_speaker(args, seconds=1.5, batch=64):
         1 + math.cos(math.pi * min(1, s / steps))) + 1e-3)
     by_voice = [(label[:-500] == k).nonzero()[:, 0] for k in range(len(names))]
 
-    def cut(rows):
+    def cut(rows, coded):
+        """Cuts of these rows, the first `coded` of them as the codec says them: (N, samples), unit variance."""
         room = (lengths[rows] - size).clamp(min=0)
         start = offsets[rows] + (torch.rand(len(rows), generator=generator) * room).long()
         at = (start[:, None] + torch.arange(size)).clamp(max=len(samples) - 1)
         x = samples[at.to(device)].float() / 32768
+        if coded:
+            with torch.no_grad():
+                codes = quantise(codec, x[:coded])[1]
+                x = torch.cat([codec.decode(codes[:, None]).audio_values[:, 0], x[coded:]])
         return (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)
 
     for step in range(1, steps + 1):
         chosen = torch.randint(len(names), (batch,), generator=generator)
         rows = torch.stack([by_voice[k][torch.randint(len(by_voice[k]), (), generator=generator)] for k in chosen])
-        x = cut(rows) + 0.02 * torch.rand(()) * torch.randn(batch, size, device=device)
+        x = cut(rows, batch // 2) + 0.02 * torch.rand(()) * torch.randn(batch, size, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(x, labels=label[rows].to(device)).loss
         optimizer.zero_grad(set_to_none=True)
@@ -563,14 +574,18 @@ def train_speaker(args, seconds=1.5, batch=64):
         if step % max(1, steps // 8) == 0:
             print(f"speaker step {step} loss {float(loss.detach()):.3f} {time.time() - started:.0f} s", flush=True)
     model.eval()
-    last = torch.arange(len(lengths) - 500, len(lengths))
+    last, found = torch.arange(len(lengths) - 500, len(lengths)), []
     with torch.inference_mode():
-        found = torch.cat([model(cut(part)).embeddings for part in last.split(100)])
-    found = torch.nn.functional.normalize(found.float(), dim=-1).cpu()
-    alike, same = found @ found.T, label[last][:, None] == label[last]
-    other = ~same
-    same.fill_diagonal_(False)
+        for coded in (0, 100):
+            parts = [model(cut(part, coded)).embeddings.float() for part in last.split(100)]
+            found.append(torch.nn.functional.normalize(torch.cat(parts), dim=-1).cpu())
+    same = label[last][:, None] == label[last]
+    apart = same.clone().fill_diagonal_(False)
     model.to(torch.bfloat16).cpu().save_pretrained(CHECKPOINTS / "speaker")
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(CHECKPOINTS / "speaker")
-    print(f"speaker: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, cosine of unseen clips: same "
-          f"voice {alike[same].mean():.3f}, other voices {alike[other].mean():.3f}, {time.time() - started:.0f} s")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"speaker: {size:.2f}M parameters, {time.time() - started:.0f} s; cosine of unseen clips, same "
+          "voice and others: " + ", ".join(
+              f"{name} {(a @ b.T)[apart].mean():.3f} and {(a @ b.T)[~same].mean():.3f}" for name, a, b in (
+                  ("as spoken", found[0], found[0]), ("after the codec", found[1], found[1]),
+                  ("one against the other", *found))))
