@@ -56,12 +56,13 @@ def smooth(values, width):
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def draw(folders, out):
-    """Draws every panel that at least one run has a figure for; returns the path."""
+def draw(folders, out, names=None):
+    """Draws every panel that at least one run has a figure for; returns the path. `names` {folder: name of its curve};
+    without it, what tells the runs apart."""
     runs = [read_run(folder) for folder in folders]
     groups = {}
-    for arguments, rows in runs:
-        groups.setdefault(label(arguments, runs), []).append(rows)
+    for folder, (arguments, rows) in zip(folders, runs):
+        groups.setdefault(names[folder] if names else label(arguments, runs), []).append(rows)
     panels = [key for key in PANELS if any(row.get(key) is not None for _, rows in runs for row in rows)]
     if not panels:
         sys.exit(f"error: {', '.join(map(str, folders))}: no step logged yet")

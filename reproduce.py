@@ -1,0 +1,188 @@
+"""The paper's experiments at reduced scale: runs what is missing in results/, then writes tables and figures from logs.
+
+    python reproduce.py                      tables and figures from the logs in results/, no training
+    python reproduce.py --table 1            ASR: rewards and data, three seeds a row
+    python reproduce.py --table 2            TTS: GRPO, DiffRO and both, three seeds a row
+    python reproduce.py --figure 3           four methods over 1,500 steps
+    python reproduce.py --table 1 --quick    two steps of one seed in runs/quick, to see that everything works
+
+A row is a script and its flags; a run is a row and a seed, and leaves log.jsonl and summary.json in results/.
+A run that is there already is not repeated. --jobs runs go side by side: many small processes share a GPU well.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROWS = {  # {table or figure: {name of the row: (script, flags)}}
+    "table1": {
+        "supervised": ("grpo_asr.py", "--supervised"),
+        "GRPO, R1": ("grpo_asr.py", ""),
+        "GRPO, R1,2": ("grpo_asr.py", "--rewards R1,R2"),
+        "GRPO, R1,2,3": ("grpo_asr.py", "--rewards R1,R2,R3"),
+        "D1, hard cases": ("grpo_asr.py", "--rewards R1,R2,R3 --data data/d1"),
+        "D2, short": ("grpo_asr.py", "--rewards R1,R2,R3 --data data/d2_short"),
+        "D2, long": ("grpo_asr.py", "--rewards R1,R2,R3 --data data/d2_long"),
+        "D3, keywords": ("grpo_asr.py", "--rewards R1,R2,R3 --data data/d3"),
+        "D0 to D3": ("grpo_asr.py", "--rewards R1,R2,R3 --data data/d0 data/d1 data/d2_short data/d2_long data/d3"),
+    },
+    "table2": {
+        "GRPO, R1": ("grpo_tts.py", ""),
+        "GRPO, R1,2": ("grpo_tts.py", "--rewards R1,R2"),
+        "GRPO, R1,2,3": ("grpo_tts.py", "--rewards R1,R2,R3"),
+        "DiffRO": ("diffro_tts.py", ""),
+        "GRPO + DiffRO, R1": ("diffro_tts.py", "--method grpo+diffro --filter none"),
+        "+ filter, R1": ("diffro_tts.py", "--method grpo+diffro"),
+        "+ filter, R1,2": ("diffro_tts.py", "--method grpo+diffro --rewards R1,R2"),
+        "+ filter, R1,2,3": ("diffro_tts.py", "--method grpo+diffro --rewards R1,R2,R3"),
+    },
+    "figure3": {
+        "GRPO": ("grpo_tts.py", "--steps 1500"),
+        "DiffRO": ("diffro_tts.py", "--steps 1500"),
+        "GRPO + DiffRO": ("diffro_tts.py", "--steps 1500 --method grpo+diffro --filter none"),
+        "GRPO + DiffRO + filter": ("diffro_tts.py", "--steps 1500 --method grpo+diffro"),
+    },
+}
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--table", choices=["1", "2"], help="run what is missing of this table")
+    p.add_argument("--figure", choices=["3"], help="run what is missing of this figure")
+    p.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of it")
+    p.add_argument("--seeds", type=int, nargs="+", help="(default: 1 2 3 for a table, 1 for a figure)")
+    p.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1; 8 to 12 on a large GPU)")
+    p.add_argument("--quick", action="store_true", help="two steps of one seed, in runs/quick")
+    p.add_argument("--results", default="results", metavar="DIR", help="(default: results)")
+    args, args.flags = p.parse_known_args(argv)   # what is left goes to every script: --device cpu, --quantize 8bit
+    args.what = f"table{args.table}" if args.table else f"figure{args.figure}" if args.figure else None
+    if unknown := set(args.rows or ()) - set(ROWS.get(args.what, ())):
+        p.error(f"no such row: {', '.join(unknown)}; one of {', '.join(map(repr, ROWS.get(args.what, ())))}")
+    if args.flags and not args.what:
+        p.error(f"{' '.join(args.flags)}: flags for the scripts need --table or --figure")
+    args.seeds = args.seeds or ([1] if args.figure or args.quick else [1, 2, 3])
+    args.results = "runs/quick" if args.quick else args.results
+    return args
+
+
+ASR_COLUMNS = [("short", "wer"), ("short", "insertions"), ("long", "wer"), ("long", "insertions"), ("keywords", "wer"),
+               ("keywords", "keyword_f1"), ("source", "wer"), ("noise", "hallucination_rate")]
+ASR_TITLES = {"wer": "WER", "insertions": "ins", "keyword_f1": "F1", "hallucination_rate": "invented"}
+TTS_COLUMNS = {"wer": ("WER, %", 100), "similarity": ("SS", 1), "length_ratio": ("length", 1),
+               "f0_spread": ("F0 spread", 1), "truncated": ("never stopped, %", 100)}
+
+
+def folder_of(results, what, name, seed):
+    """results/table1/grpo-r1-seed1"""
+    return Path(results) / what / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-seed{seed}"
+
+
+def run_missing(args):
+    """Runs every (row, seed) whose summary is missing, `jobs` at a time; SystemExit names those that failed."""
+    rows = {name: row for name, row in ROWS[args.what].items() if not args.rows or name in args.rows}
+    todo = [(folder_of(args.results, args.what, name, seed), *row, seed)
+            for seed in args.seeds for name, row in rows.items()]
+    todo = [job for job in todo if not (job[0] / "summary.json").exists()]
+    running, failed, cores = {}, [], os.cpu_count()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // min(args.jobs, cores)))}
+    print(f"{len(todo)} runs, {args.jobs} at a time", flush=True)
+    while todo or running:
+        while todo and len(running) < args.jobs:
+            folder, script, flags, seed = todo.pop(0)
+            work = Path("runs") / "reproduce" / folder.relative_to(folder.parents[1])
+            shutil.rmtree(work, ignore_errors=True)
+            work.parent.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, script, *flags.split(), "--seed", str(seed), "--out", str(work),
+                       *(["--steps", "2"] if args.quick else []), *args.flags]
+            output = open(work.parent / f"{work.name}.txt", "w")
+            running[subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)] = folder, work
+        for process in [p for p in running if p.poll() is not None]:
+            folder, work = running.pop(process)
+            if process.returncode or not (work / "summary.json").exists():
+                failed.append(f"{work.parent / work.name}.txt")
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("log.jsonl", "summary.json"):
+                shutil.copy(work / name, folder / name)
+            print(f"{folder}: {json.loads((folder / 'summary.json').read_text())['seconds']:.0f} s", flush=True)
+        time.sleep(1)
+    if failed:
+        sys.exit(f"error: {len(failed)} runs failed; their last words are in {', '.join(failed)}")
+
+
+def found(results, what):
+    """{row: [folders of its runs]}, of those that are there."""
+    every = {name: sorted(Path(results, what).glob(folder_of("", what, name, "*").name)) for name in ROWS[what]}
+    return {name: folders for name, folders in every.items() if folders}
+
+
+def mean_and_range(values, scale, digits):
+    """"12.3 (11.8 to 13.0)": the mean, and lowest and highest where there are several."""
+    values = [scale * v for v in values]
+    text = f"{sum(values) / len(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def asr_table(results):
+    """Table 1 as Markdown: the best adapter by `short`, greedily, on every test set; % throughout."""
+    runs = {name: [json.loads((f / "summary.json").read_text())["test"] for f in folders]
+            for name, folders in found(results, "table1").items()}
+    base = [{s: {"after": t["before"]} for s, t in next(iter(runs.values()))[0].items()}]
+    return markdown(["%", *(f"{s} {ASR_TITLES[c]}" for s, c in ASR_COLUMNS)], [
+        [name, *(mean_and_range([t[s]["after"][c] for t in tests], 100, 1) for s, c in ASR_COLUMNS)]
+        for name, tests in [("no RL", base), *runs.items()]])
+
+
+def markdown(head, rows):
+    """A table as Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def last_evaluation(folder):
+    """The metrics after the last step, from the log: no choice of a best adapter by the test set."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
+    return [row["eval"] for row in rows if "eval" in row][-1]
+
+
+def tts_table(results):
+    """Table 2 as Markdown: sampled at temperature 1 after the last step."""
+    runs = {name: [last_evaluation(f) for f in folders] for name, folders in found(results, "table2").items()}
+    folder = next(iter(found(results, "table2").values()))[0]
+    before = json.loads((folder / "summary.json").read_text())["test"]["before"]
+    return markdown(["", *(title for title, _ in TTS_COLUMNS.values())], [
+        [name, *(mean_and_range([m[key] for m in metrics], scale, 1 if scale > 1 else 3)
+                 for key, (_, scale) in TTS_COLUMNS.items())]
+        for name, metrics in [("no RL", [before]), *runs.items()]])
+
+
+def write_all(results):
+    """Every table and figure for which there are logs; returns their paths."""
+    import plot  # draws, which takes a second to load
+
+    written = []
+    for what, table in (("table1", asr_table), ("table2", tts_table)):
+        if found(results, what):
+            (Path(results) / f"{what}.md").write_text(table(results))
+            written.append(Path(results) / f"{what}.md")
+    for what in ROWS:
+        named = {folder: name for name, folders in found(results, what).items() for folder in folders}
+        if named:
+            written.append(plot.draw(named, Path(results) / f"{what}.png", named))
+    return written
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.what:
+        run_missing(args)
+    for path in write_all(args.results):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
