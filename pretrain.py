@@ -55,6 +55,7 @@ if __name__ == "__main__":
     parse_args()  # --help and typing errors answer at once, before torch loads
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel, aloud
 
+import copy
 import json
 import math
 import multiprocessing
@@ -367,12 +368,10 @@ def train_recogniser(args, name):
             curve.append((step, float(loss.detach())))
             print(f"{name} step {step} loss {curve[-1][1]:.4f} unseen {check[0]:.4f} with keywords {check[1]:.4f} "
                   f"ctc {float(ctc.detach()):.3f} {time.time() - started:.0f} s", flush=True)
-    model.eval().to(torch.bfloat16).cpu()
-    folder = CHECKPOINTS / name
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+            copy.deepcopy(model).to(torch.bfloat16).save_pretrained(CHECKPOINTS / name)
+            processor.save_pretrained(CHECKPOINTS / name)
     print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-          f"{time.time() - started:.0f} s, saved in {folder}")
+          f"{time.time() - started:.0f} s, saved in {CHECKPOINTS / name}")
 
 
 # ---- RL pools and test sets --------------------------------------------------------------------------------

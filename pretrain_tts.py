@@ -494,17 +494,16 @@ def train_token2text(args):
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
-        if step % max(1, steps // 10) == 0:
+        if step % max(1, steps // 10) == 0 or step == steps:
             model.eval()
             with torch.inference_mode():
                 check = float(loss_on(np.arange(held), 0)[0])
             model.train()
             print(f"token2text step {step} loss {float(loss.detach()):.4f} unseen {check:.4f} ctc "
                   f"{float(ctc.detach()):.3f} {time.time() - started:.0f} s", flush=True)
-    folder = CHECKPOINTS / "token2text"
-    model.eval().to(torch.bfloat16).cpu().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    wer = token2text_wer(model.to(device).float(), tokenizer, rows[:held])
+            copy.deepcopy(model).to(torch.bfloat16).save_pretrained(CHECKPOINTS / "token2text")
+            tokenizer.save_pretrained(CHECKPOINTS / "token2text")
+    wer = token2text_wer(model.eval().to(torch.bfloat16).float(), tokenizer, rows[:held])
     print(f"token2text: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, WER on unseen tokens "
           f"{100 * wer:.2f} %, {time.time() - started:.0f} s")
 

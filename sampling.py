@@ -136,7 +136,9 @@ def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=N
     eos = torch.as_tensor(eos, device=mask.device)
     ids = eos.reshape(-1)[0].repeat(len(mask), max_tokens)
     logp, entropy = torch.zeros((2, *ids.shape), device=mask.device)
-    graphed = GraphedStep(policy, cache, mask, max_tokens) if graphable(policy) and max_tokens > 1 else None
+    graphed = None
+    if graphable(policy) and max_tokens > 1:
+        graphed, cache = GraphedStep(policy, cache, mask, max_tokens), None         # it has copied the cache
     for t in range(max_tokens):
         scores = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)   # (alive, V)
         if temperature:
