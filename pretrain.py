@@ -447,7 +447,7 @@ def build_sets(args):
             errors = [jiwer.wer(row[0], a) * (a != b) for row, a, b in zip(rows, first, second)]
             hard = [i for i in keep if not repeats_itself(rows[i][0]) and errors[i] > 0.1]
             repeats = [i for i in keep if repeats_itself(rows[i][0])]
-            keep = sorted(hard[:280] + repeats)
+            keep = sorted(hard[:260] + repeats)
             print(f"d1: {len(hard)} of {len(rows)} are hard cases; kept {len(keep)} with {len(repeats)} repetitions")
         if name == "d2_short":
             keep = sorted(sorted(keep, key=lambda i: len(waves[i]))[:150])
