@@ -72,7 +72,7 @@ def print_times(phase, steps):
 
 def best_and_worst(step, reward, scored, said, texts):
     """Of the group whose rewards (B, G) differ most: the reference, the best and the worst sample, with every part."""
-    group = int(reward.std(dim=1).argmax())
+    group = int(reward.std(dim=1, correction=0).argmax())
     first = group * reward.shape[1]
     row = {"step": step, "file": str(said[first].path), "reference": said[first].text}
     for name, j in (("best", int(reward[group].argmax())), ("worst", int(reward[group].argmin()))):

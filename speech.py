@@ -197,7 +197,7 @@ def self_check(policy, prompts, others, args, limit, stop, device):
 
 def best_and_worst(step, reward, parts, speech):
     """Of the group whose rewards (B, G) differ most: the text, the best and the worst sample, with every part."""
-    group = int(reward.std(dim=1).argmax())
+    group = int(reward.std(dim=1, correction=0).argmax())
     row = {"step": step, "reference": speech[group * reward.shape[1]].text}
     for name, j in (("best", int(reward[group].argmax())), ("worst", int(reward[group].argmin()))):
         heard = speech[group * reward.shape[1] + j]

@@ -58,7 +58,9 @@ def test_a_run_leaves_everything_behind(unbroken, capsys):
     assert set(rows[1]["seconds"]) >= {"encode", "rollout", "reward", "update"}
     assert [row["step"] for row in lines[1:] if "eval_wer" in row] == [-1, 1, 3]
     assert rows[0]["kl"] == 0 and rows[3]["kl"] > 0                            # it moved
-    assert all(row["clipped"] == 0 and row["grad_norm"] > 0 for row in rows)   # and stayed on its own policy
+    assert all(row["clipped"] == 0 for row in rows)                            # and stayed on its own policy
+    taught = [row["grad_norm"] for row in rows if row["no_signal"] < 1]
+    assert taught and min(taught) > 0
     summary = json.loads((out / "summary.json").read_text())
     for key in ("metric", "before", "after", "best", "steps", "seconds", "phase_seconds", "peak_memory_gib", "test"):
         assert key in summary, key

@@ -214,7 +214,8 @@ def test_similarity_is_higher_for_the_same_voice(speaker_of_text):
     names = [s.voice for s in load_sentences("data/tts/test")[:10]]
     alike = speaker.embed(recordings) @ torch.stack([v.vector for v in voices]).T          # (10, voices)
     same = torch.tensor([[v.name == name for v in voices] for name in names])
-    assert alike[same].min() > 0.85 and alike[same].mean() > alike[~same].mean() + 0.4
+    assert alike[same].mean() > 0.85 and alike[same].min() > alike[~same].mean() + 0.4
+    assert alike[same].mean() > alike[~same].mean() + 0.6
     assert (speaker.embed([np.zeros(0, np.float32)]) @ voices[0].vector).tolist() == [0]       # no sound, no voice
 
 
