@@ -98,6 +98,7 @@ def run_missing(args):
             shutil.rmtree(work, ignore_errors=True)
             work.parent.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, script, *flags.split(), "--seed", str(seed), "--out", str(work),
+                       *([] if script == "grpo_asr.py" or args.quick else ["--eval-samples", "8"]),
                        *(["--steps", "2"] if args.quick else []), *args.flags]
             output = open(work.parent / f"{work.name}.txt", "w")
             running[subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)] = folder, work

@@ -1,5 +1,6 @@
 """Chapter 2: the rewards of speech on cases worked out by hand, the frozen models, and the policy that speaks."""
 import copy
+import json
 
 import jiwer
 import numpy as np
@@ -418,7 +419,6 @@ FAST = ["--device", "cpu", "--batch", "2", "--group", "2", "--micro", "2", "--ev
 
 
 def run(out, test, *flags):
-    import json
     grpo_tts.main([*FAST, "--test", str(test), "--out", str(out), *flags])
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -432,7 +432,6 @@ def unbroken(tmp_path_factory):
 
 
 def test_a_run_leaves_everything_behind(unbroken):
-    import json
     root, lines = unbroken
     rows = [line for line in lines if "reward" in line]
     assert [r["step"] for r in rows] == [0, 1, 2, 3] and rows[0]["kl"] == 0 and rows[3]["kl"] > 0
@@ -464,3 +463,12 @@ def test_an_8bit_policy_trains(unbroken, tmp_path):
     lines = run(tmp_path / "run", unbroken[0] / "test.txt", "--steps", "3", "--quantize", "8bit", "--eval-every", "0")
     rows = [line for line in lines if "reward" in line]
     assert len(rows) == 3 and rows[2]["kl"] > 0
+
+
+def test_several_samples_of_every_test_text_are_evaluated(unbroken, tmp_path):
+    """Other samples each time, of every text alike."""
+    run(tmp_path / "run", unbroken[0] / "test.txt", "--steps", "0", "--eval-samples", "3")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    once = json.loads((unbroken[0] / "run" / "summary.json").read_text())["test"]["before"]
+    assert summary["test"]["before"]["utterances"] == 3 * once["utterances"]
+    assert summary["test"]["before"]["f0_spread"] != once["f0_spread"]
