@@ -62,8 +62,8 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=int, default=200)
     g.add_argument("--batch", type=int, default=4, help="B, texts a step (paper: 16)")
     g.add_argument("--group", type=int, default=8, help="G, samples a text (paper: 8)")
-    g.add_argument("--micro", type=int, default=16, help="samples in one forward and backward; changes memory and "
-                   "speed alone (default: 16, the best on a CPU)")
+    g.add_argument("--micro", type=int, default=16, help="samples in one forward and backward; changes memory, "
+                   "speed and which Gumbel draw goes where (default: 16, the best on a CPU)")
     g.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the log-probs (paper: 1)")
     g.add_argument("--lr", type=float, default=3e-4, help="AdamW on LoRA (default: 3e-4; paper, all weights: 1e-5)")
     g.add_argument("--clip", type=float, default=0.2, help="eps of Eq. 3")
@@ -128,7 +128,7 @@ from data import (
     save_state,
     split_sentences,
 )
-from grpo_asr import group_advantages, grpo_loss, token_logprobs
+from grpo_asr import grpo_loss, token_logprobs
 from judges import Token2Text
 from report import percent
 from rewards import Speech, repeats, tts_reward
@@ -140,6 +140,7 @@ from speech import (
     codes_of,
     evaluate,
     finish,
+    judged_advantages,
     load,
     load_judges,
     load_voices,
@@ -300,8 +301,8 @@ def train(args):
                 rollout = sample(policy, prompts, args.group, limit, stop, args.temperature, noise)    # (N, T)
             codes = codes_of(rollout, code)
         spoken = rollout.mask & (code.to(device)[rollout.ids] >= 0)                 # (N, T), the stop token not
-        sick = torch.tensor([repeats(c, round(codec.tokens_per_s)) for c in codes], device=device) | rollout.truncated
-        keep = ~sick if args.filter == "abnormal" else torch.ones_like(sick)        # (N,)
+        loops = torch.tensor([repeats(c, round(codec.tokens_per_s)) for c in codes], device=device)    # (N,)
+        keep = ~(loops | rollout.truncated) if args.filter == "abnormal" else torch.ones_like(loops)
         mask, heard = rollout.mask, None
         if grpo:
             # 3 reward: the waveforms and the judge, for GRPO alone
@@ -312,8 +313,7 @@ def train(args):
                                                       rollout.truncated.tolist())]
                 reward, parts, judged = tts_reward(speech, args.group, rewards, args.language, codec.rate)  # (B, G)
             # 4 advantage, as in chapter 2, and the filter
-            advantage = group_advantages(reward) * judged.float().mean(dim=1, keepdim=True).sqrt()
-            advantage = advantage.to(device).view(-1)                               # (N,)  Eq. 1
+            advantage = judged_advantages(reward, judged).to(device).view(-1)       # (N,)  Eq. 1
             mask = mask & judged.view(-1, 1).to(device)
             if args.filter == "positive":
                 keep = advantage > 0
@@ -356,7 +356,7 @@ def train(args):
             optimizer.zero_grad()
         # 7 log one row; now and then evaluate and save
         reading, kl = map(torch.cat, zip(*found))                                   # (N,), (N,)
-        row = describe(step, args, phase, rollout, codes, heard, reading, kl, keep, tau, norms, norm, codec)
+        row = describe(step, args, phase, rollout, codes, loops, heard, reading, kl, keep, tau, norms, norm)
         log.write("log", row)
         bar.set_postfix_str(f"log P {row['reading']:.3f} KL {row['kl']:.3f}")
         if step % 10 == 0:
@@ -386,14 +386,14 @@ def train(args):
 
 # ---- what a run leaves behind ------------------------------------------------------------------------------
 
-def describe(step, args, phase, rollout, codes, heard, reading, kl, keep, tau, norms, norm, codec):
+def describe(step, args, phase, rollout, codes, loops, heard, reading, kl, keep, tau, norms, norm):
     """One line of the log; the README says what each number means, and how it looks when something is sick."""
     lengths = torch.tensor([len(c) for c in codes]).float()
     tokens, seconds = rollout.mask.sum().item(), phase.take()
     row = {
         "step": step, "reading": float(reading.mean()), "kl": float(kl.mean()), "kept": float(keep.float().mean()),
         "tau": tau, "tokens": float(lengths.mean()), "truncated": float(rollout.truncated.float().mean()),
-        "repetition": sum(repeats(c, round(codec.tokens_per_s)) for c in codes) / len(codes),
+        "repetition": float(loops.float().mean()),
         "tokens_per_s": tokens / max(1e-9, seconds["rollout"]),
         "entropy": float(rollout.entropy[rollout.mask].mean()), "grad_norm": float(norm),
         **{f"grad_norm_{name}": value for name, value in norms.items()}, "lr": args.lr,

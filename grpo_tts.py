@@ -112,7 +112,7 @@ from data import (
     save_state,
     split_sentences,
 )
-from grpo_asr import completion_logprobs, group_advantages, grpo_loss, kl_k3
+from grpo_asr import completion_logprobs, grpo_loss, kl_k3
 from report import percent
 from rewards import Speech, repeats, tts_reward
 from sampling import generator_for, micro_batches, sample
@@ -123,6 +123,7 @@ from speech import (
     codes_of,
     evaluate,
     finish,
+    judged_advantages,
     load,
     load_judges,
     load_voices,
@@ -220,9 +221,8 @@ def train(args):
             speech = [Speech(*row) for row in zip(said, codes, waves, judge.transcribe(waves),
                                                   rollout.truncated.tolist())]
             reward, parts, judged = tts_reward(speech, args.group, rewards, args.language, codec.rate)   # (B, G)
-        # 4 advantage; samples without a judgement stand at the mean, which would shrink the spread of the others
-        advantage = group_advantages(reward) * judged.float().mean(dim=1, keepdim=True).sqrt()   # (B, G)  Eq. 1
-        advantage = advantage.to(device)
+        # 4 advantage
+        advantage = judged_advantages(reward, judged).to(device)                    # (B, G)  Eq. 1
         mask = rollout.mask & judged.view(-1, 1).to(device)     # a sample that the judge failed on teaches nothing
         with phase("update"):
             passes = []

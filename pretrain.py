@@ -351,7 +351,7 @@ def train_recogniser(args, name):
             blank=heard.shape[-1] - 1, zero_infinity=True)
         return out.loss, ctc
 
-    started, stream, curve = time.time(), batches(), []
+    started, stream = time.time(), batches()
     for step in range(args.train_steps):
         index = next(stream)
         loss, ctc = loss_on(index, rng.random(len(index)) < 0.3, augment=True)
@@ -365,9 +365,8 @@ def train_recogniser(args, name):
             with torch.inference_mode():
                 check = [float(loss_on(np.arange(usable, len(texts)), np.full(held, k), False)[0]) for k in (0, 1)]
             model.train()
-            curve.append((step, float(loss.detach())))
-            print(f"{name} step {step} loss {curve[-1][1]:.4f} unseen {check[0]:.4f} with keywords {check[1]:.4f} "
-                  f"ctc {float(ctc.detach()):.3f} {time.time() - started:.0f} s", flush=True)
+            print(f"{name} step {step} loss {float(loss.detach()):.4f} unseen {check[0]:.4f} with keywords "
+                  f"{check[1]:.4f} ctc {float(ctc.detach()):.3f} {time.time() - started:.0f} s", flush=True)
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(CHECKPOINTS / name)
             processor.save_pretrained(CHECKPOINTS / name)
     print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "

@@ -51,6 +51,7 @@ ROWS = {  # {table or figure: {name of the row: (script, flags)}}
 
 
 def parse_args(argv=None):
+    """What to run and where; what it does not know goes to every script."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--table", choices=["1", "2"], help="run what is missing of this table")
     p.add_argument("--figure", choices=["3"], help="run what is missing of this figure")

@@ -2,6 +2,7 @@
 
     load, load_judges, load_voices          the models, and the references to speak like
     make_prompts, codes_of                  text and voice -> prompts; samples -> the codec's codes
+    judged_advantages                       Eq. 1 where the judge failed on some samples
     evaluate, self_check                    before, during and after training; what can go wrong in silence
     best_and_worst, finish                  samples of the log; tables, pages and summary of a run
 """
@@ -13,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from data import DataError, load_adapter, load_folder, load_pretrained
-from grpo_asr import completion_logprobs, kl_k3
+from grpo_asr import completion_logprobs, group_advantages, kl_k3
 from judges import Codec, Judge, Speaker
 from listen import write_page
 from report import percent, print_times, print_transcripts, print_tts_table
@@ -135,6 +136,12 @@ def codes_of(rollout, code):
     """The codec's codes of each sample: its speech tokens; the stop token and stray text tokens have no sound."""
     found = code.to(rollout.ids.device)[rollout.ids]                                # (N, T), -1 where not speech
     return [row[row >= 0].numpy() for row in found.masked_fill(~rollout.mask, -1).cpu()]
+
+
+def judged_advantages(reward, judged):
+    """Eq. 1 of rewards (B, G), where `judged` (B, G) is false for samples that the judge failed on: those stand at the
+    mean of their group, which would shrink the spread of the others, so the root of the share judged puts it right."""
+    return group_advantages(reward) * judged.float().mean(dim=1, keepdim=True).sqrt()
 
 
 # ---- evaluate ----------------------------------------------------------------------------------------------
