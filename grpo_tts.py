@@ -63,6 +63,8 @@ def parse_args(argv=None):
     g.add_argument("--eval-every", type=int, default=50, help="steps; 0 = only before and after")
     g.add_argument("--eval-samples", type=int, default=1, help="of each test text: the WER of one each scatters by 2.7 "
                    "points, of k by that over sqrt(k) (default: 1)")
+    g.add_argument("--eval-batch", type=int, default=50, help="test texts at once: memory, speed and which draw goes "
+                   "where (default: 50)")
     g.add_argument("--out", metavar="DIR", help="run folder (default: a new one under runs/)")
     g.add_argument("--resume", metavar="DIR", help="continue the run in DIR; --steps may be raised")
     args = p.parse_args(argv)
@@ -73,7 +75,8 @@ def parse_args(argv=None):
         except DataError as error:
             p.error(str(error))
         args = p.parse_args(argv)
-    for name, least in dict(steps=0, batch=1, group=2, micro=1, lora_rank=1, eval_every=0, eval_samples=1).items():
+    for name, least in dict(steps=0, batch=1, group=2, micro=1, lora_rank=1, eval_every=0, eval_samples=1,
+                            eval_batch=1).items():
         if getattr(args, name) < least:
             p.error(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(args, name)}")
     if args.micro % args.group and args.group % args.micro:

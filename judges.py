@@ -8,6 +8,7 @@ Each loads a folder or a hub id, works in inference mode and in batches, and can
 on the GPU (`offload`): the paper's rotation, on one card.
 """
 import contextlib
+import itertools
 
 import numpy as np
 import torch
@@ -145,19 +146,20 @@ class Speaker(Frozen):
                          offload)
         self.rate = self.extractor.sampling_rate
 
-    def embed(self, waves):
-        """Waveforms (samples,) -> unit vectors (N, D), one by one: these models normalise over time. Zeros for less
-        than 0.2 s, whose cosine with any voice is 0."""
-        found = []
+    def embed(self, waves, batch=64):
+        """Waveforms (samples,) -> unit vectors (N, D); those of one length together, since these models normalise over
+        time and padding would count. Zeros for less than 0.2 s, whose cosine with any voice is 0."""
+        found = torch.zeros(len(waves), self.model.config.xvector_output_dim)
+        fit = [i for i, wave in enumerate(waves) if len(wave) >= 0.2 * self.rate and np.isfinite(wave).all()]
+        fit.sort(key=lambda i: len(waves[i]))
         with self.at_work() as model:
-            for wave in waves:
-                if len(wave) < 0.2 * self.rate or not np.isfinite(wave).all():
-                    found.append(None)
-                    continue
-                inputs = self.extractor(wave, sampling_rate=self.rate, return_tensors="pt").to(self.device)
-                found.append(torch.nn.functional.normalize(model(**inputs).embeddings[0].float(), dim=0).cpu())
-        nothing = torch.zeros(self.model.config.xvector_output_dim)
-        return torch.stack([nothing if v is None else v for v in found])
+            for _, alike in itertools.groupby(fit, key=lambda i: len(waves[i])):
+                alike = list(alike)
+                for part in (alike[k:k + batch] for k in range(0, len(alike), batch)):
+                    inputs = self.extractor([waves[i] for i in part], sampling_rate=self.rate, return_tensors="pt")
+                    vectors = model(**inputs.to(self.device)).embeddings.float()
+                    found[part] = torch.nn.functional.normalize(vectors, dim=-1).cpu()
+        return found
 
 
 class Token2Text(Frozen):

@@ -262,23 +262,28 @@ def token_diversity(group):
     return distance.sum(axis=1) / max(1, len(group) - 1)
 
 
-def f0_spread(waves, rate):
+def f0_spread(waves, rate, batch=16):
     """Standard deviation of F0 over voiced frames, in semitones, of each waveform: (N,); 0 where nothing is voiced.
 
-    Pitch by torchaudio (cross-correlation, median-smoothed, frames of 20 ms, 60 to 400 Hz). A frame counts as voiced
-    when it has over a tenth of the loudest frame's amplitude and its pitch lies inside that range [choice].
+    Pitch by torchaudio (cross-correlation, median-smoothed, frames of 20 ms, 60 to 400 Hz), `batch` rows at a time. A
+    frame counts as voiced when it has over a tenth of the loudest frame's amplitude and its pitch lies inside that
+    range [choice].
     """
-    hop, spread = 160, torch.zeros(len(waves))                  # 20 ms at 8 kHz, where pitch needs no more
-    for i, wave in enumerate(waves):
-        if len(wave) < rate / 2:                                # too short for the tracker's smoothing
-            continue
-        wave = torchaudio.functional.resample(torch.as_tensor(wave, dtype=torch.float32), rate, 8000)
-        pitch = torchaudio.functional.detect_pitch_frequency(wave[None], 8000, 0.02, 15, 60, 400)[0]
-        level = wave.unfold(0, hop, hop).square().mean(dim=1).sqrt()[:len(pitch)]
-        pitch = pitch[:len(level)]
-        voiced = pitch[(level > 0.1 * level.max()) & (pitch > 60) & (pitch < 400)]
-        if len(voiced) > 1:
-            spread[i] = (12 * torch.log2(voiced)).std(correction=0)
+    hop, smooth, spread = 160, 15, torch.zeros(len(waves))      # 20 ms at 8 kHz, where pitch needs no more
+    long = [i for i, wave in enumerate(waves) if len(wave) >= rate / 2]          # others: too short for the smoothing
+    long.sort(key=lambda i: len(waves[i]))
+    for part in (long[k:k + batch] for k in range(0, len(long), batch)):
+        rows = [torch.as_tensor(waves[i], dtype=torch.float32) for i in part]
+        rows = [torchaudio.functional.resample(row, rate, 8000) for row in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        pitches = torchaudio.functional.detect_pitch_frequency(padded, 8000, 0.02, smooth, 60, 400)
+        levels = torch.nn.functional.pad(padded, (0, hop)).unfold(1, hop, hop).square().mean(dim=2).sqrt()
+        for i, row, pitch, level in zip(part, rows, pitches, levels):
+            frames = -(-len(row) // hop) - smooth // 2          # what the row alone would get: padding has no say
+            pitch, level = pitch[:frames], level[:frames]
+            voiced = pitch[(level > 0.1 * level.max()) & (pitch > 60) & (pitch < 400)]
+            if len(voiced) > 1:
+                spread[i] = (12 * torch.log2(voiced)).std(correction=0)
     return spread
 
 

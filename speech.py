@@ -146,7 +146,7 @@ def judged_advantages(reward, judged):
 
 # ---- evaluate ----------------------------------------------------------------------------------------------
 
-def evaluate(policy, tokenizer, tests, voices, models, code, args, device, due=None, batch=50):
+def evaluate(policy, tokenizer, tests, voices, models, code, args, device, due=None):
     """One sample at the training temperature of every test sentence: (Speech records, metrics).
 
     The seed is always the same, so that before and after, and all runs, differ in the weights alone. `due` (N,) are
@@ -154,8 +154,8 @@ def evaluate(policy, tokenizer, tests, voices, models, code, args, device, due=N
     """
     codec, _, second, speaker, *token2text = models
     chosen, speech, limit = voices_of(tests, voices), [], int(args.max_seconds * codec.tokens_per_s)
-    for start in range(0, len(tests), batch):
-        part = slice(start, start + batch)
+    for start in range(0, len(tests), args.eval_batch):
+        part = slice(start, start + args.eval_batch)
         prompts = make_prompts(policy, tokenizer, [s.text for s in tests[part]], chosen[part])
         rollout = sample(policy, prompts, 1, limit, tokenizer.convert_tokens_to_ids(END), args.temperature,
                          generator_for(0, start, device))
