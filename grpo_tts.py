@@ -202,6 +202,7 @@ def train(args):
         save_state(policy, optimizer, folder, {**state, "seconds": phase.total})
     print(f"step {first}: " if not args.resume else "before any step: ", end="")
     print(f"WER by the second judge {percent(before[1]['wer'])}, similarity {before[1]['similarity']:.3f}")
+    best = before if state["best_step"] == 0 else None
     phase.take()
 
     stopped = []
@@ -223,7 +224,8 @@ def train(args):
             said = [text for text in batch for _ in range(args.group)]              # N
             speech = [Speech(*row) for row in zip(said, codes, waves, judge.transcribe(waves),
                                                   rollout.truncated.tolist())]
-            reward, parts, judged = tts_reward(speech, args.group, rewards, args.language, codec.rate)   # (B, G)
+            reward, parts, judged = tts_reward(speech, args.group, rewards, args.language, codec.rate,
+                                               device)                              # (B, G)
         # 4 advantage
         advantage = judged_advantages(reward, judged).to(device)                    # (B, G)  Eq. 1
         mask = rollout.mask & judged.view(-1, 1).to(device)     # a sample that the judge failed on teaches nothing
@@ -256,12 +258,14 @@ def train(args):
         state["step"] = step + 1
         if (args.eval_every and state["step"] % args.eval_every == 0) or state["step"] == args.steps or stopped:
             with phase("evaluate"):
-                metrics = evaluate(policy, *given, due)[1]
+                now = evaluate(policy, *given, due)
+            metrics = now[1]
             log.write("log", {"step": step, "eval": metrics, "eval_wer": metrics["wer"], "seconds": phase.take()})
             tqdm.write(f"step {step + 1}: WER by the second judge {percent(metrics['wer'])}, similarity "
                        f"{metrics['similarity']:.3f}, length {metrics['length_ratio']:.2f}")
             if metrics["wer"] < state["best"]:
                 state |= {"best": metrics["wer"], "best_step": step + 1}
+                best = now
                 policy.save_pretrained(folder / "adapter")
             save_state(policy, optimizer, folder, {**state, "last": metrics["wer"], "seconds": phase.total})
         if stopped:
@@ -269,7 +273,7 @@ def train(args):
     bar.close()
     if stopped:
         print(f"stopped after {state['step']} of {args.steps} steps; python grpo_tts.py --resume {folder} goes on")
-    finish(policy, given, due, before, state, folder, log, phase)
+    finish(policy, given, due, before, best, state, folder, log, phase)
     signal.signal(signal.SIGINT, previous)
 
 

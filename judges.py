@@ -102,7 +102,7 @@ class Judge(Frozen):
         except ValueError as error:
             raise DataError(f"{flag} {name} with --language {language}: refuses to transcribe ({error})") from None
 
-    def transcribe(self, waves, batch=64):
+    def transcribe(self, waves, batch=128):
         """Waveforms (samples,) at `rate` -> their texts. "" for less than 0.1 s; None where the judge failed."""
         texts = ["" if np.isfinite(w).all() else None for w in waves]
         order = sorted((i for i, w in enumerate(waves) if texts[i] == "" and len(w) >= 0.1 * self.rate),

@@ -262,23 +262,23 @@ def token_diversity(group):
     return distance.sum(axis=1) / max(1, len(group) - 1)
 
 
-def f0_spread(waves, rate, batch=16):
+def f0_spread(waves, rate, device="cpu", batch=16):
     """Standard deviation of F0 over voiced frames, in semitones, of each waveform: (N,); 0 where nothing is voiced.
 
-    Pitch by torchaudio (cross-correlation, median-smoothed, frames of 20 ms, 60 to 400 Hz), `batch` rows at a time. A
-    frame counts as voiced when it has over a tenth of the loudest frame's amplitude and its pitch lies inside that
-    range [choice].
+    Pitch by torchaudio (cross-correlation, median-smoothed, frames of 20 ms, 60 to 400 Hz), `batch` rows at a time on
+    `device`. A frame counts as voiced when it has over a tenth of the loudest frame's amplitude and its pitch lies
+    inside that range [choice].
     """
     hop, smooth, spread = 160, 15, torch.zeros(len(waves))      # 20 ms at 8 kHz, where pitch needs no more
     long = [i for i, wave in enumerate(waves) if len(wave) >= rate / 2]          # others: too short for the smoothing
     long.sort(key=lambda i: len(waves[i]))
     for part in (long[k:k + batch] for k in range(0, len(long), batch)):
-        rows = [torch.as_tensor(waves[i], dtype=torch.float32) for i in part]
+        rows = [torch.as_tensor(waves[i], dtype=torch.float32, device=device) for i in part]
         rows = [torchaudio.functional.resample(row, rate, 8000) for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         pitches = torchaudio.functional.detect_pitch_frequency(padded, 8000, 0.02, smooth, 60, 400)
         levels = torch.nn.functional.pad(padded, (0, hop)).unfold(1, hop, hop).square().mean(dim=2).sqrt()
-        for i, row, pitch, level in zip(part, rows, pitches, levels):
+        for i, row, pitch, level in zip(part, rows, pitches.cpu(), levels.cpu()):
             frames = -(-len(row) // hop) - smooth // 2          # what the row alone would get: padding has no say
             pitch, level = pitch[:frames], level[:frames]
             voiced = pitch[(level > 0.1 * level.max()) & (pitch > 60) & (pitch < 400)]
@@ -287,13 +287,13 @@ def f0_spread(waves, rate, batch=16):
     return spread
 
 
-def diversity_reward(codes, waves, group, rate):
+def diversity_reward(codes, waves, group, rate, device="cpu"):
     """R3 [paper]: token diversity plus pitch diversity, N = B G samples -> (B, G) in [0, 1].
 
     The mean of `token_diversity` and of F0 spread over 6 semitones, clipped to 1 [the scale is ours].
     """
     tokens = np.concatenate([token_diversity(codes[i:i + group]) for i in range(0, len(codes), group)])
-    pitch = (f0_spread(waves, rate) / 6).clamp(max=1)
+    pitch = (f0_spread(waves, rate, device) / 6).clamp(max=1)
     return ((torch.from_numpy(tokens).float() + pitch) / 2).view(-1, group)
 
 
@@ -314,12 +314,12 @@ class Speech:
         return float("nan") if self.transcript is None else asr_accuracy(self.text, self.transcript, language)
 
 
-def tts_reward(speech, group, rewards=("R1",), language="en", rate=16_000):
+def tts_reward(speech, group, rewards=("R1",), language="en", rate=16_000, device="cpu"):
     """The rewards of N = B G samples: (total (B, G), {part: (B, G)}, judged (B, G) bool).
 
     The total is the plain sum of the parts in `rewards` (of "R1", "R2", "R3"); the others are computed for the log,
-    except R3, which costs a pitch tracker. Where the judge failed `judged` is false and the total is the mean of the
-    group's judged samples: its own advantage is 0. Raises ValueError for an unknown part.
+    except R3, which costs a pitch tracker, on `device`. Where the judge failed `judged` is false and the total is the
+    mean of the group's judged samples: its own advantage is 0. Raises ValueError for an unknown part.
     """
     unknown = set(rewards) - {"R1", "R2", "R3"}
     if unknown or not rewards:
@@ -328,7 +328,7 @@ def tts_reward(speech, group, rewards=("R1",), language="en", rate=16_000):
     judged = ~accuracy.isnan()
     parts = {"R1": accuracy, "R2": duration_reward(torch.tensor([len(s.codes) for s in speech]).view(-1, group))}
     if "R3" in rewards:
-        parts["R3"] = diversity_reward([s.codes for s in speech], [s.wave for s in speech], group, rate)
+        parts["R3"] = diversity_reward([s.codes for s in speech], [s.wave for s in speech], group, rate, device)
     total = sum(parts[name] for name in rewards)
     mean = total.nanmean(dim=1, keepdim=True).nan_to_num(0.0)
     return torch.where(judged, total, mean), parts, judged
@@ -347,7 +347,7 @@ def repeats(codes, least):
     return False
 
 
-def tts_metrics(speech, similarity, due, tokens_per_s, rate, language="en"):
+def tts_metrics(speech, similarity, due, tokens_per_s, rate, language="en", device="cpu"):
     """Figures of one test set of N samples, as a dict of floats.
 
     `wer` and its kinds by the judge that made the transcripts; `similarity` (N,) cosines to the reference voice;
@@ -365,7 +365,7 @@ def tts_metrics(speech, similarity, due, tokens_per_s, rate, language="en"):
         **{name: metrics[name] for name in ("wer", "insertions", "deletions", "substitutions")},
         "similarity": float(np.mean(similarity)), "length_ratio": float(spoken.sum() / max(1, sum(due))),
         "words_per_s": words * tokens_per_s / max(1, int(spoken.sum())),
-        "f0_spread": float(f0_spread([s.wave for s in speech], rate).mean()),
+        "f0_spread": float(f0_spread([s.wave for s in speech], rate, device).mean()),
         "truncated": float(np.mean([s.truncated for s in speech])),
         "repetition": float(np.mean([repeats(s.codes, round(tokens_per_s)) for s in speech])),
         "judge_failed": 1 - len(heard) / len(speech), "utterances": len(speech),

@@ -165,6 +165,9 @@ def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=N
         seen = torch.cat([mask[alive], mask.new_ones(len(alive), t + 1)], dim=1)
         logits = policy(input_ids=token[:, None], attention_mask=seen, past_key_values=cache, use_cache=True,
                         position_ids=position[alive, None] + t).logits[:, -1]
+    if graphed:                               # the graph's memory is its own: nothing else can use what it leaves
+        del graphed, logits
+        torch.cuda.empty_cache()
     ids, logp, entropy = ids[:, :t + 1], logp[:, :t + 1], entropy[:, :t + 1]
     return Rollout(ids, completion_mask(ids, eos), logp, entropy, ~torch.isin(ids, eos).any(dim=1))
 

@@ -168,7 +168,8 @@ def evaluate(policy, tokenizer, tests, voices, models, code, args, device, due=N
     due = [len(s.codes) for s in speech] if due is None else due
     if all(s.transcript is None for s in speech):
         raise DataError(f"--second-judge {args.second_judge}: failed on every test sentence")
-    metrics = tts_metrics(speech, similarity.tolist(), due, codec.tokens_per_s, codec.rate, args.language)
+    metrics = tts_metrics(speech, similarity.tolist(), due, codec.tokens_per_s, codec.rate, args.language,
+                          device)
     for reader in token2text:  # DiffRO's reward reads the same samples: a gap to the second judge that opens is hacking
         own = asr_metrics([s.text for s in tests], reader.read([s.codes for s in speech]), (), args.language)
         metrics["token2text_wer"] = own["wer"]
@@ -213,12 +214,14 @@ def best_and_worst(step, reward, parts, speech):
     return row
 
 
-def finish(policy, given, due, before, state, folder, log, phase, listened=10):
-    """Evaluates the best adapter; table, transcripts, times, the page to listen to, summary.json."""
+def finish(policy, given, due, before, after, state, folder, log, phase, listened=10):
+    """Table, transcripts, times, the page to listen to, summary.json. `after` is what evaluate gave for the best
+    adapter; None, after --resume, where an earlier run found it: then it is loaded and evaluated again."""
     args, codec = given[5], given[3][0]
-    load_adapter(policy, folder / "adapter")
-    with phase("evaluate"):
-        after = evaluate(policy, *given, due)
+    if after is None:
+        load_adapter(policy, folder / "adapter")
+        with phase("evaluate"):
+            after = evaluate(policy, *given, due)
     print_tts_table(before[1], after[1])
     heard = [[s.transcript or "" for s in found[0]] for found in (before, after)]
     print_transcripts([s.text for s in before[0]], *heard, args.language)
