@@ -90,7 +90,7 @@ def run_missing(args):
             for seed in args.seeds for name, row in rows.items()]
     todo = [job for job in todo if not (job[0] / "summary.json").exists()]
     running, failed, cores = {}, [], os.cpu_count()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // min(args.jobs, cores)))}
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // min(args.jobs, cores))), **os.environ}   # a set one stays
     print(f"{len(todo)} runs, {args.jobs} at a time", flush=True)
     while todo or running:
         while todo and len(running) < args.jobs:
