@@ -310,7 +310,7 @@ def new_run_folder(name):
     return next(p for p in [stem, *(Path(f"{stem}-{i}") for i in range(2, 100))] if not p.exists())
 
 
-def run_header(args, device, **more):
+def run_header(args, device, policy):
     """What a run was given, for the first line of its log."""
     import importlib.metadata
     import platform
@@ -325,7 +325,8 @@ def run_header(args, device, **more):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return {"arguments": vars(args), "commit": git or "unknown",
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
-            "device": name, "seed": args.seed, **more}
+            "device": name, "dtype": str(policy.get_base_model().dtype), "seed": args.seed,
+            "trained": sum(p.numel() for p in policy.parameters() if p.requires_grad)}
 
 
 def saved_arguments(folder):

@@ -340,7 +340,7 @@ def train(args):
         first, phase.total = state["step"], state["seconds"]
         optimizer.param_groups[0]["lr"] = args.lr
     folder = Path(args.resume or args.out or new_run_folder("grpo_asr"))
-    log = RunLog(folder, run_header(args, device, trained=sum(w.numel() for w in weights)),
+    log = RunLog(folder, run_header(args, device, policy),
                  first if args.resume else None)
     self_check(policy, processor, [clips[i] for i in batch_indices(0, len(clips), args.batch, args.seed)], args, device)
     if not args.resume:

@@ -186,7 +186,7 @@ def train(args):
     others = make_prompts(policy, tokenizer, [other] * args.batch, chosen)
     self_check(policy, prompts, others, args, limit, stop, device)
     folder = Path(args.resume or args.out or new_run_folder("grpo_tts"))
-    log = RunLog(folder, run_header(args, device, trained=sum(w.numel() for w in weights)),
+    log = RunLog(folder, run_header(args, device, policy),
                  first if args.resume else None)
     due = [s.seconds * codec.tokens_per_s for s in tests]
     given = (tokenizer, tests, voices, models, code, args, device)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 PANELS = {  # key of a log line: (title, unit)
-    "eval_wer": ("held-out WER, greedy", "%"), "reward": ("reward", ""), "wer": ("WER of the samples", "%"),
+    "eval_wer": ("held-out WER", "%"), "reward": ("reward", ""), "wer": ("WER of the samples", "%"),
     "kl": ("KL to the reference", "nats a token"), "entropy": ("entropy", "nats a token"),
     "no_signal": ("groups without signal", "%"), "length_ratio": ("length ratio", ""),
     "grad_norm": ("gradient norm", ""),
@@ -101,6 +101,29 @@ def draw(folders, out, names=None):
         axis.axis("off")
     if len(groups) > 1 or len(runs) > 1:
         axes.flat[0].legend(fontsize=7, frameon=False)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+    return out
+
+
+def draw_rows(panels, out):
+    """A table as a picture: {title: {row: [its value for every seed]}} -> a panel a column, a dot a seed, a bar at the
+    mean; returns the path."""
+    names = list(next(iter(panels.values())))
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, sharey=True, layout="constrained",
+                                figsize=(1.6 + 2.4 * len(panels), 0.7 + 0.27 * len(names)))
+    for axis, (title, rows) in zip(axes.flat, panels.items()):
+        for at, values in enumerate(rows.values()):
+            colour = "tab:gray" if at == 0 else "tab:blue"
+            axis.plot(values, [at] * len(values), "o", color=colour, alpha=0.5, markersize=5, markeredgewidth=0)
+            axis.plot([np.mean(values)] * 2, [at - 0.3, at + 0.3], color=colour, linewidth=2)
+        axis.axvline(np.mean(rows[names[0]]), color="tab:gray", linewidth=0.6, linestyle=":")
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3, linewidth=0.5, axis="x")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].set_yticks(range(len(names)), names)
+    axes.flat[0].invert_yaxis()
     figure.savefig(out, dpi=130)
     plt.close(figure)
     return out

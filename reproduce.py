@@ -76,6 +76,9 @@ ASR_COLUMNS = [("short", "wer"), ("short", "insertions"), ("long", "wer"), ("lon
 ASR_TITLES = {"wer": "WER", "insertions": "ins", "keyword_f1": "F1", "hallucination_rate": "invented"}
 TTS_COLUMNS = {"wer": ("WER, %", 100), "similarity": ("SS", 1), "length_ratio": ("length", 1),
                "f0_spread": ("F0 spread", 1), "truncated": ("never stopped, %", 100)}
+DIGITS = {"SS": 3, "length": 3, "F0 spread": 2}                  # behind the point; 1 in all other columns
+SHOWN = {"table1": ["short WER", "long WER", "long ins", "keywords F1", "noise invented"],
+         "table2": ["WER, %", "SS", "length", "F0 spread"]}      # columns that are drawn
 
 
 def folder_of(results, what, name, seed):
@@ -123,43 +126,46 @@ def found(results, what):
     return {name: folders for name, folders in every.items() if folders}
 
 
-def mean_and_range(values, scale, digits):
-    """"12.3 (11.8 to 13.0)": the mean, and lowest and highest where there are several."""
-    values = [scale * v for v in values]
-    text = f"{sum(values) / len(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+def mean_and_range(values, digits):
+    """"12.3 (11.8 to 13.0)": the mean, and lowest and highest where they differ."""
+    mean, low, high = (f"{v:.{digits}f}" for v in (sum(values) / len(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def asr_table(results):
-    """Table 1 as Markdown: the best adapter by `short`, greedily, on every test set; % throughout."""
+def asr_rows(results):
+    """Table 1 as {row: {column: [its value for every seed]}}: the best adapter by `short`, greedily; % throughout."""
     runs = {name: [json.loads((f / "summary.json").read_text())["test"] for f in folders]
             for name, folders in found(results, "table1").items()}
-    base = [{s: {"after": t["before"]} for s, t in next(iter(runs.values()))[0].items()}]
-    return markdown(["%", *(f"{s} {ASR_TITLES[c]}" for s, c in ASR_COLUMNS)], [
-        [name, *(mean_and_range([t[s]["after"][c] for t in tests], 100, 1) for s, c in ASR_COLUMNS)]
-        for name, tests in [("no RL", base), *runs.items()]])
+    tests = {"no RL": [{s: t["before"] for s, t in next(iter(runs.values()))[0].items()}],
+             **{name: [{s: t["after"] for s, t in test.items()} for test in each] for name, each in runs.items()}}
+    return {name: {f"{s} {ASR_TITLES[c]}": [100 * t[s][c] for t in each] for s, c in ASR_COLUMNS}
+            for name, each in tests.items()}
 
 
-def markdown(head, rows):
-    """A table as Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)) + "\n"
+def tts_rows(results):
+    """Table 2 in the same form: sampled at temperature 1 after the last step; no RL, as each run saw it before its
+    first."""
+    runs = {name: [evaluations(f) for f in folders] for name, folders in found(results, "table2").items()}
+    tests = {"no RL": [each[0] for rows in runs.values() for each in rows],
+             **{name: [each[-1] for each in rows] for name, rows in runs.items()}}
+    return {name: {title: [scale * t[key] for t in each] for key, (title, scale) in TTS_COLUMNS.items()}
+            for name, each in tests.items()}
 
 
-def last_evaluation(folder):
-    """The metrics after the last step, from the log: no choice of a best adapter by the test set."""
+def evaluations(folder):
+    """The metrics before the first step, on the way and after the last, from the log: no best adapter is chosen."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
-    return [row["eval"] for row in rows if "eval" in row][-1]
+    return [row["eval"] for row in rows if "eval" in row]
 
 
-def tts_table(results):
-    """Table 2 as Markdown: sampled at temperature 1 after the last step."""
-    runs = {name: [last_evaluation(f) for f in folders] for name, folders in found(results, "table2").items()}
-    folder = next(iter(found(results, "table2").values()))[0]
-    before = json.loads((folder / "summary.json").read_text())["test"]["before"]
-    return markdown(["", *(title for title, _ in TTS_COLUMNS.values())], [
-        [name, *(mean_and_range([m[key] for m in metrics], scale, 1 if scale > 1 else 3)
-                 for key, (_, scale) in TTS_COLUMNS.items())]
-        for name, metrics in [("no RL", [before]), *runs.items()]])
+def markdown(rows):
+    """Rows as a Markdown table: the mean, and lowest and highest where there are several seeds."""
+    columns = list(next(iter(rows.values())))
+    lines = [["", "seeds", *columns], ["---"] * (2 + len(columns))]
+    for name, row in rows.items():
+        seeds = "" if name == "no RL" else str(len(row[columns[0]]))
+        lines.append([name, seeds, *(mean_and_range(row[c], DIGITS.get(c, 1)) for c in columns)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def write_all(results):
@@ -167,15 +173,23 @@ def write_all(results):
     import plot  # draws, which takes a second to load
 
     written = []
-    for what, table in (("table1", asr_table), ("table2", tts_table)):
+    for what, rows_of in (("table1", asr_rows), ("table2", tts_rows)):
         if found(results, what):
-            (Path(results) / f"{what}.md").write_text(table(results))
-            written.append(Path(results) / f"{what}.md")
-    for what in ROWS:
-        named = {folder: name for name, folders in found(results, what).items() for folder in folders}
-        if named:
-            written.append(plot.draw(named, Path(results) / f"{what}.png", named))
+            rows, path = rows_of(results), Path(results) / what
+            path.with_suffix(".md").write_text(markdown(rows))
+            panels = {column: {name: row[column] for name, row in rows.items()} for column in SHOWN[what]}
+            written += [path.with_suffix(".md"), plot.draw_rows(panels, path.with_suffix(".png"))]
+    named = {folder: name for name, folders in found(results, "figure3").items() for folder in folders}
+    if named:
+        written.append(plot.draw(named, Path(results) / "figure3.png", named))
     return written
+
+
+def refresh(page):
+    """Puts the tables into a Markdown file: each between <!-- its path --> and <!-- end -->."""
+    text = re.sub(r"(?<=<!-- )(results/\S+\.md) -->\n.*?(?=<!-- end -->)",
+                  lambda m: f"{m[1]} -->\n{Path(m[1]).read_text()}", Path(page).read_text(), flags=re.DOTALL)
+    Path(page).write_text(text)
 
 
 def main(argv=None):
@@ -184,6 +198,8 @@ def main(argv=None):
         run_missing(args)
     for path in write_all(args.results):
         print(path)
+    if Path(args.results).parts[0] == "results":
+        refresh("README.md")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The experiments: what is run, and that tables are made of the logs alone."""
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -23,11 +25,28 @@ def test_the_table_is_the_mean_and_range_after_the_last_step(tmp_path):
     leave_run(tmp_path, "table2", "DiffRO", 1, 0.05)
     written = reproduce.write_all(tmp_path)
     assert (tmp_path / "table2.md").read_text().splitlines()[2:] == [
-        "| no RL | 20.0 | 0.800 | 1.000 | 2.500 | 0.0 |",
-        "| GRPO, R1 | 12.0 (10.0 to 14.0) | 0.900 (0.900 to 0.900) | 1.000 (1.000 to 1.000) | 2.000 (2.000 to 2.000) "
-        "| 0.0 (0.0 to 0.0) |",
-        "| DiffRO | 5.0 | 0.900 | 1.000 | 2.000 | 0.0 |"]
+        "| no RL |  | 20.0 | 0.800 | 1.000 | 2.50 | 0.0 |",
+        "| GRPO, R1 | 3 | 12.0 (10.0 to 14.0) | 0.900 | 1.000 | 2.00 | 0.0 |",
+        "| DiffRO | 1 | 5.0 | 0.900 | 1.000 | 2.00 | 0.0 |"]
     assert [p.name for p in written] == ["table2.md", "table2.png"] and all(p.exists() for p in written)
+
+
+def test_the_tables_of_the_readme_are_those_of_the_logs(tmp_path, monkeypatch):
+    tables = re.findall(r"<!-- (results/\S+\.md) -->\n(.*?)<!-- end -->", Path("README.md").read_text(), re.DOTALL)
+    assert {name for name, _ in tables} >= {"results/table1.md", "results/table2.md"}
+    rows = {"table1.md": reproduce.asr_rows, "table2.md": reproduce.tts_rows}
+    for name, text in tables:
+        path = Path(name)
+        assert text == path.read_text() == reproduce.markdown(rows[path.name](path.parent)), name
+
+
+def test_a_page_gets_the_tables_that_it_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    Path("results/table2.md").write_text("| new |\n")
+    Path("page.md").write_text("a\n<!-- results/table2.md -->\n| old |\n| old |\n<!-- end -->\nb\n")
+    reproduce.refresh("page.md")
+    assert Path("page.md").read_text() == "a\n<!-- results/table2.md -->\n| new |\n<!-- end -->\nb\n"
 
 
 def test_every_row_has_a_folder_of_its_own_and_flags_that_its_script_takes():
@@ -50,7 +69,7 @@ def test_a_run_that_is_there_is_not_repeated_and_one_that_fails_is_named(tmp_pat
     monkeypatch.setitem(reproduce.ROWS["table2"], "DiffRO", ("grpo_tts.py", "--model nowhere --steps 1"))
     with pytest.raises(SystemExit, match=r"1 runs failed.*diffro-seed2.txt"):
         reproduce.main([*asked, "2"])
-    assert "no such folder" in (reproduce.Path("runs/reproduce/table2/diffro-seed2.txt")).read_text()
+    assert "no such folder" in (Path("runs/reproduce/table2/diffro-seed2.txt")).read_text()
 
 
 @pytest.mark.parametrize("flags, message", [(["--table", "2", "--rows", "GRPO R9"], "no such row"),
