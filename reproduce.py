@@ -4,7 +4,7 @@
     python reproduce.py --table 1            ASR: rewards and data, three seeds a row
     python reproduce.py --table 2            TTS: GRPO, DiffRO and both, three seeds a row
     python reproduce.py --figure 3           four methods over 1,500 steps
-    python reproduce.py --table 1 --quick    two steps of one seed in runs/quick, to see that everything works
+    python reproduce.py --table 1 --quick    two small steps of one seed in runs/quick, to see that everything works
 
 A row is a script and its flags; a run is a row and a seed, and leaves log.jsonl and summary.json in results/.
 A run that is there already is not repeated. --jobs runs go side by side: many small processes share a GPU well.
@@ -58,7 +58,7 @@ def parse_args(argv=None):
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of it")
     p.add_argument("--seeds", type=int, nargs="+", help="(default: 1 2 3 for a table, 1 for a figure)")
     p.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1; 8 to 12 on a large GPU)")
-    p.add_argument("--quick", action="store_true", help="two steps of one seed, in runs/quick")
+    p.add_argument("--quick", action="store_true", help="two small steps of one seed, in runs/quick")
     p.add_argument("--results", default="results", metavar="DIR", help="(default: results)")
     args, args.flags = p.parse_known_args(argv)   # what is left goes to every script: --device cpu, --quantize 8bit
     args.what = f"table{args.table}" if args.table else f"figure{args.figure}" if args.figure else None
@@ -86,6 +86,20 @@ def folder_of(results, what, name, seed):
     return Path(results) / what / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}-seed{seed}"
 
 
+def small_tests(folder):
+    """--test for --quick: two clips of every test set of chapter 1, three sentences of chapter 2's; {script: flags}."""
+    for source in sorted(Path("data/test").iterdir()):
+        lines = (source / "metadata.jsonl").read_text().splitlines()[:2]
+        (folder / source.name / "audio").mkdir(parents=True, exist_ok=True)
+        (folder / source.name / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        for line in lines:
+            shutil.copy(source / json.loads(line)["file_name"], folder / source.name / "audio")
+    lines = Path("data/tts/test/metadata.jsonl").read_text().splitlines()[:3]
+    (folder / "texts.txt").write_text("".join(json.loads(line)["text"] + "\n" for line in lines))
+    sets, texts = [str(p) for p in sorted(folder.iterdir()) if p.is_dir()], [f"{folder}/texts.txt"]
+    return {"grpo_asr.py": ["--test", *sets], "grpo_tts.py": ["--test", *texts], "diffro_tts.py": ["--test", *texts]}
+
+
 def run_missing(args):
     """Runs every (row, seed) whose summary is missing, `jobs` at a time; SystemExit names those that failed."""
     rows = {name: row for name, row in ROWS[args.what].items() if not args.rows or name in args.rows}
@@ -94,16 +108,19 @@ def run_missing(args):
     todo = [job for job in todo if not (job[0] / "summary.json").exists()]
     running, failed, cores = {}, [], os.cpu_count()
     environment = {"OMP_NUM_THREADS": str(max(1, cores // min(args.jobs, cores))), **os.environ}   # a set one stays
+    more = {"grpo_asr.py": [], "grpo_tts.py": ["--eval-samples", "8"], "diffro_tts.py": ["--eval-samples", "8"]}
+    if args.quick:
+        more = {script: ["--steps", "2", "--batch", "2", "--group", "2", "--micro", "2", *tests]
+                for script, tests in small_tests(Path("runs/quick-tests")).items()}
     print(f"{len(todo)} runs, {args.jobs} at a time", flush=True)
     while todo or running:
         while todo and len(running) < args.jobs:
             folder, script, flags, seed = todo.pop(0)
-            work = Path("runs") / "reproduce" / folder.relative_to(folder.parents[1])
+            work = Path("runs/reproduce", re.sub(r"\W+", "-", str(folder)).strip("-"))
             shutil.rmtree(work, ignore_errors=True)
             work.parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, script, *flags.split(), "--seed", str(seed), "--out", str(work),
-                       *([] if script == "grpo_asr.py" or args.quick else ["--eval-samples", "8"]),
-                       *(["--steps", "2"] if args.quick else []), *args.flags]
+            command = [sys.executable, script, *flags.split(), "--seed", str(seed), "--out", str(work), *more[script],
+                       *args.flags]
             output = open(work.parent / f"{work.name}.txt", "w")
             running[subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)] = folder, work
         for process in [p for p in running if p.poll() is not None]:

@@ -1,6 +1,7 @@
 """The experiments: what is run, and that tables are made of the logs alone."""
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,18 @@ def test_a_run_that_is_there_is_not_repeated_and_one_that_fails_is_named(tmp_pat
     asked = ["--table", "2", "--rows", "DiffRO", "--results", str(results), "--seeds"]
     reproduce.main([*asked, "1"])
     monkeypatch.setitem(reproduce.ROWS["table2"], "DiffRO", ("grpo_tts.py", "--model nowhere --steps 1"))
-    with pytest.raises(SystemExit, match=r"1 runs failed.*diffro-seed2.txt"):
+    with pytest.raises(SystemExit, match=r"1 runs failed.*diffro-seed2.txt") as stopped:
         reproduce.main([*asked, "2"])
-    assert "no such folder" in (Path("runs/reproduce/table2/diffro-seed2.txt")).read_text()
+    assert "no such folder" in Path(str(stopped.value).split()[-1]).read_text()
+
+
+@pytest.mark.parametrize("what, rows", [("table1", []), ("table2", []), ("figure3", ["DiffRO"])])
+def test_every_row_runs(what, rows):
+    """--quick: every script with the flags of every row (of the figure one, they are those of table 2)."""
+    shutil.rmtree(f"runs/quick/{what}", ignore_errors=True)
+    reproduce.main([f"--{what[:-1]}", what[-1], "--quick", "--jobs", "2", *(["--rows", *rows] if rows else [])])
+    assert set(reproduce.found("runs/quick", what)) == set(rows or reproduce.ROWS[what])
+    assert Path("runs/quick", f"{what}.png").exists()
 
 
 @pytest.mark.parametrize("flags, message", [(["--table", "2", "--rows", "GRPO R9"], "no such row"),
