@@ -138,7 +138,6 @@ from rewards import Speech, repeats, tts_reward
 from sampling import Rollout, completion_logits, completion_mask, generator_for, micro_batches, sample
 from speech import (
     END,
-    best_and_worst,
     check_lengths,
     codes_of,
     evaluate,
@@ -149,6 +148,7 @@ from speech import (
     load_voices,
     make_prompts,
     self_check,
+    speech_row,
     speech_tokens,
     voices_of,
 )
@@ -269,8 +269,7 @@ def train(args):
     others = make_prompts(policy, tokenizer, [other] * args.batch, chosen)
     self_check(policy, prompts, others, args, limit, stop, device)
     folder = Path(args.resume or args.out or new_run_folder("diffro_tts"))
-    log = RunLog(folder, run_header(args, device, policy),
-                 first if args.resume else None)
+    log = RunLog(folder, run_header(args, device, policy), first if args.resume else None)
     due = [s.seconds * codec.tokens_per_s for s in tests]
     given = (tokenizer, tests, voices, models, code, args, device)
     with phase("evaluate"), policy.disable_adapter():
@@ -366,7 +365,7 @@ def train(args):
         bar.set_postfix_str(f"log P {row['reading']:.3f} KL {row['kl']:.3f}")
         if step % 10 == 0:
             if grpo:
-                log.write("samples", best_and_worst(step, reward, parts, speech))
+                log.write("samples", speech_row(step, reward, parts, speech))
             tqdm.write(f"step {step}: log P of the text {row['reading']:.3f} a token, KL {row['kl']:.3f}, "
                        f"{sum(row['seconds'].values()):.2f} s")
         state["step"] = step + 1

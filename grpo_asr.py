@@ -113,7 +113,7 @@ from data import (
     run_header,
     save_state,
 )
-from report import best_and_worst, percent, print_table, print_times, print_transcripts
+from report import percent, print_table, print_times, print_transcripts, transcripts_row
 from rewards import asr_metrics, asr_reward, normalize_text
 from sampling import Prompts, Rollout, completion_logits, completion_mask, generator_for, micro_batches, sample
 
@@ -340,8 +340,7 @@ def train(args):
         first, phase.total = state["step"], state["seconds"]
         optimizer.param_groups[0]["lr"] = args.lr
     folder = Path(args.resume or args.out or new_run_folder("grpo_asr"))
-    log = RunLog(folder, run_header(args, device, policy),
-                 first if args.resume else None)
+    log = RunLog(folder, run_header(args, device, policy), first if args.resume else None)
     self_check(policy, processor, [clips[i] for i in batch_indices(0, len(clips), args.batch, args.seed)], args, device)
     if not args.resume:
         with phase("evaluate"):
@@ -398,7 +397,7 @@ def train(args):
         log.write("log", row)
         bar.set_postfix_str(f"reward {row['reward']:.3f} WER {percent(row['wer'])} KL {row['kl']:.3f}")
         if step % 10 == 0:
-            log.write("samples", best_and_worst(step, reward, scored, said, texts))
+            log.write("samples", transcripts_row(step, reward, scored, said, texts))
             tqdm.write(f"step {step}: reward {row['reward']:.3f}, WER of the samples {percent(row['wer'])}, "
                        f"KL {row['kl']:.3f}, {sum(row['seconds'].values()):.2f} s")
         state["step"] = step + 1

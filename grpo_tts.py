@@ -121,7 +121,6 @@ from rewards import Speech, repeats, tts_reward
 from sampling import generator_for, micro_batches, sample
 from speech import (
     END,
-    best_and_worst,
     check_lengths,
     codes_of,
     evaluate,
@@ -132,6 +131,7 @@ from speech import (
     load_voices,
     make_prompts,
     self_check,
+    speech_row,
     speech_tokens,
     voices_of,
 )
@@ -186,8 +186,7 @@ def train(args):
     others = make_prompts(policy, tokenizer, [other] * args.batch, chosen)
     self_check(policy, prompts, others, args, limit, stop, device)
     folder = Path(args.resume or args.out or new_run_folder("grpo_tts"))
-    log = RunLog(folder, run_header(args, device, policy),
-                 first if args.resume else None)
+    log = RunLog(folder, run_header(args, device, policy), first if args.resume else None)
     due = [s.seconds * codec.tokens_per_s for s in tests]
     given = (tokenizer, tests, voices, models, code, args, device)
     with phase("evaluate"), policy.disable_adapter():
@@ -252,7 +251,7 @@ def train(args):
         log.write("log", row)
         bar.set_postfix_str(f"reward {row['reward']:.3f} WER {percent(row['wer'])} KL {row['kl']:.3f}")
         if step % 10 == 0:
-            log.write("samples", best_and_worst(step, reward, parts, speech))
+            log.write("samples", speech_row(step, reward, parts, speech))
             tqdm.write(f"step {step}: reward {row['reward']:.3f}, WER of the samples {percent(row['wer'])}, "
                        f"KL {row['kl']:.3f}, {sum(row['seconds'].values()):.2f} s")
         state["step"] = step + 1

@@ -70,13 +70,19 @@ def print_times(phase, steps):
           f"peak memory {phase.peak_gib():.1f} GiB")
 
 
-def best_and_worst(step, reward, scored, said, texts):
-    """Of the group whose rewards (B, G) differ most: the reference, the best and the worst sample, with every part."""
+def best_and_worst(reward):
+    """Of the group whose rewards (B, G) differ most: {"best": which of the B G samples, "worst": which}."""
     group = int(reward.std(dim=1, correction=0).argmax())
     first = group * reward.shape[1]
-    row = {"step": step, "file": str(said[first].path), "reference": said[first].text}
-    for name, j in (("best", int(reward[group].argmax())), ("worst", int(reward[group].argmin()))):
-        score = scored[first + j]
-        row[name] = {"text": texts[first + j], "total": score.total, "R1": score.accuracy,
-                     "R2": score.hallucination.reward(), "kind": score.hallucination.kind, "R3": score.keywords}
+    return {"best": first + int(reward[group].argmax()), "worst": first + int(reward[group].argmin())}
+
+
+def transcripts_row(step, reward, scored, said, texts):
+    """A line of samples.jsonl: the reference of the group that differs most, its best and worst sample, every part."""
+    ends = best_and_worst(reward)
+    row = {"step": step, "file": str(said[ends["best"]].path), "reference": said[ends["best"]].text}
+    for name, i in ends.items():
+        score = scored[i]
+        row[name] = {"text": texts[i], "total": score.total, "R1": score.accuracy, "R2": score.hallucination.reward(),
+                     "kind": score.hallucination.kind, "R3": score.keywords}
     return row

@@ -4,7 +4,7 @@
     make_prompts, codes_of                  text and voice -> prompts; samples -> the codec's codes
     judged_advantages                       Eq. 1 where the judge failed on some samples
     evaluate, self_check                    before, during and after training; what can go wrong in silence
-    best_and_worst, finish                  samples of the log; tables, pages and summary of a run
+    speech_row, finish                      samples of the log; tables, pages and summary of a run
 """
 import re
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from data import DataError, load_adapter, load_folder, load_pretrained
 from grpo_asr import completion_logprobs, group_advantages, kl_k3
 from judges import Codec, Judge, Speaker
 from listen import write_page
-from report import percent, print_times, print_transcripts, print_tts_table
+from report import best_and_worst, percent, print_times, print_transcripts, print_tts_table
 from rewards import Speech, asr_metrics, tts_metrics
 from sampling import Prompts, generator_for, sample
 
@@ -168,8 +168,7 @@ def evaluate(policy, tokenizer, tests, voices, models, code, args, device, due=N
     due = [len(s.codes) for s in speech] if due is None else due
     if all(s.transcript is None for s in speech):
         raise DataError(f"--second-judge {args.second_judge}: failed on every test sentence")
-    metrics = tts_metrics(speech, similarity.tolist(), due, codec.tokens_per_s, codec.rate, args.language,
-                          device)
+    metrics = tts_metrics(speech, similarity.tolist(), due, codec.tokens_per_s, codec.rate, args.language, device)
     for reader in token2text:  # DiffRO's reward reads the same samples: a gap to the second judge that opens is hacking
         own = asr_metrics([s.text for s in tests], reader.read([s.codes for s in speech]), (), args.language)
         metrics["token2text_wer"] = own["wer"]
@@ -203,14 +202,13 @@ def self_check(policy, prompts, others, args, limit, stop, device):
 
 # ---- what a run leaves behind ------------------------------------------------------------------------------
 
-def best_and_worst(step, reward, parts, speech):
-    """Of the group whose rewards (B, G) differ most: the text, the best and the worst sample, with every part."""
-    group = int(reward.std(dim=1, correction=0).argmax())
-    row = {"step": step, "reference": speech[group * reward.shape[1]].text}
-    for name, j in (("best", int(reward[group].argmax())), ("worst", int(reward[group].argmin()))):
-        heard = speech[group * reward.shape[1] + j]
-        row[name] = {"text": heard.transcript, "total": float(reward[group, j]), "tokens": len(heard.codes),
-                     **{part: float(values[group, j]) for part, values in parts.items()}}
+def speech_row(step, reward, parts, speech):
+    """A line of samples.jsonl: the text of the group that differs most, its best and worst sample, every part."""
+    ends = best_and_worst(reward)
+    row = {"step": step, "reference": speech[ends["best"]].text}
+    for name, i in ends.items():
+        row[name] = {"text": speech[i].transcript, "total": float(reward.view(-1)[i]), "tokens": len(speech[i].codes),
+                     **{part: float(values.view(-1)[i]) for part, values in parts.items()}}
     return row
 
 

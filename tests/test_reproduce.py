@@ -32,7 +32,7 @@ def test_the_table_is_the_mean_and_range_after_the_last_step(tmp_path):
     assert [p.name for p in written] == ["table2.md", "table2.png"] and all(p.exists() for p in written)
 
 
-def test_the_tables_of_the_readme_are_those_of_the_logs(tmp_path, monkeypatch):
+def test_the_tables_of_the_readme_are_those_of_the_logs():
     tables = re.findall(r"<!-- (results/\S+\.md) -->\n(.*?)<!-- end -->", Path("README.md").read_text(), re.DOTALL)
     assert {name for name, _ in tables} >= {"results/table1.md", "results/table2.md"}
     rows = {"table1.md": reproduce.asr_rows, "table2.md": reproduce.tts_rows}

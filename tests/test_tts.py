@@ -11,7 +11,7 @@ import data
 import grpo_tts
 from data import DataError, load_folder, load_sentences
 from grpo_asr import completion_logprobs, group_advantages, grpo_loss
-from judges import Codec, Judge
+from judges import Codec, Judge, Speaker
 from rewards import (
     Speech,
     diversity_reward,
@@ -103,6 +103,15 @@ def test_f0_spread_of_known_pitches():
     pause = np.concatenate([steady, np.zeros(RATE, np.float32)])            # unvoiced frames do not count
     spread = f0_spread([steady, octave, pause, np.zeros(RATE, np.float32), np.zeros(0, np.float32)], RATE)
     assert spread[0] < 0.3 and abs(spread[1] - 6) < 0.6 and spread[2] < 0.6 and spread[3:].tolist() == [0, 0]
+
+
+def test_pitch_and_voice_of_a_clip_do_not_depend_on_the_clips_beside_it():
+    rng, sweep = np.random.default_rng(0), tone(np.linspace(90, 300, 3 * RATE))
+    waves = [sweep[:n] + 0.02 * rng.standard_normal(n).astype(np.float32) for n in (9000, 48000, 31234, 31234, 100)]
+    assert torch.equal(f0_spread(waves, RATE), torch.cat([f0_spread([w], RATE) for w in waves]))
+    speaker = Speaker("checkpoints/speaker", CPU)
+    alone = torch.cat([speaker.embed([w]) for w in waves])
+    assert torch.allclose(speaker.embed(waves), alone, atol=1e-5) and alone[:4].norm(dim=1).allclose(torch.ones(4))
 
 
 def test_diversity_reward_stays_on_its_scale_and_rewards_variety():
