@@ -94,8 +94,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
-from transformers import AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoModelForMultimodalLM, AutoProcessor
 
+import quantize
 from data import (
     DataError,
     Phases,
@@ -192,18 +193,13 @@ def load(args, device):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # the encoder is a small part, runs once a step and feeds everything else: it stays in `dtype`
     skip = [".*audio_tower", ".*multi_modal_projector", "lm_head"]  # patterns from the start of a module's name
-    quantization = {"none": None, "8bit": dict(load_in_8bit=True, llm_int8_skip_modules=skip), "4bit": dict(
-        load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skip)}
-    chosen = quantization[args.quantize]
-    if args.quantize == "4bit" and device.type == "cpu":
-        raise DataError("--quantize 4bit needs a GPU: on the CPU bitsandbytes has no gradient for it; 8bit has")
     processor = load_pretrained(AutoProcessor, args.model)
     base = load_pretrained(AutoModelForMultimodalLM, args.model, dtype=dtype, device_map=device,
-                           quantization_config=BitsAndBytesConfig(**chosen) if chosen else None)
+                           quantization_config=quantize.config(args.quantize, device, dtype, skip))
     if not hasattr(processor, "apply_transcription_request") or not hasattr(base, "get_audio_features"):
         raise DataError(f"--model {args.model}: is a {type(base).__name__}; this script drives Fun-ASR-Nano models")
     torch.manual_seed(args.seed)
-    policy = get_peft_model(mend_attention(base), LoraConfig(
+    policy = get_peft_model(quantize.weight_only(mend_attention(base)), LoraConfig(
         r=args.lora_rank, lora_alpha=2 * args.lora_rank, lora_dropout=0.0,
         target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"))
     return processor, policy.eval()
@@ -292,7 +288,7 @@ def self_check(policy, processor, utterances, args, device):
     mean = lambda x: float(x[rollout.mask].mean())  # noqa: E731
     ratio, kl = mean((logps[0] - rollout.logp).exp().sub(1).abs()), mean(kl_k3(logps[0], ref_logp))
     audio = mean((logps[0] - logps[1]).abs())
-    tolerance = 1e-3 if next(policy.parameters()).dtype == torch.float32 and args.quantize == "none" else 0.05
+    tolerance = 1e-3 if prompts.embeds.dtype == torch.float32 else 0.1      # bf16 alone gives 0.04 at 1.4B
     line = f"|ratio - 1| {ratio:.1e}, KL {kl:.1e}, other audio moves log-probs by {audio:.2f} nats"
     if not (ratio <= tolerance and (kl <= tolerance or args.resume) and audio >= 1e-3):  # so written, NaN fails
         raise DataError(f"check failed: {line}. This model's sampling and training paths disagree, or it does not hear")

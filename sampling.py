@@ -65,8 +65,7 @@ class GraphedStep:
     """One decoding step of all rows as a CUDA graph: token (N,) -> logits (N, V), the same numbers as the plain step.
 
     A graph replays fixed kernels on fixed memory, so everything that changes lives in tensors that change in place:
-    the token, its position, the keys and values, and which of them may be seen. Not for bitsandbytes weights: their
-    matrix products wait for the CPU.
+    the token, its position, the keys and values, and which of them may be seen.
     """
 
     def __init__(self, policy, cache, mask, room):
@@ -117,8 +116,8 @@ class GraphedStep:
 
 
 def graphable(policy):
-    """Whether a decoding step can be captured: on a GPU, and not quantised."""
-    return policy.device.type == "cuda" and not getattr(policy.get_base_model(), "is_quantized", False)
+    """Whether a decoding step can be captured: on a GPU, and not in 4 bits, whose product looks at its operands."""
+    return policy.device.type == "cuda" and not getattr(policy.get_base_model(), "is_loaded_in_4bit", False)
 
 
 @torch.no_grad()

@@ -130,6 +130,24 @@ def test_gradients_through_8bit_weights_are_those_of_fp32(clips):
     assert torch.cosine_similarity(*grads, dim=0) > 0.9
 
 
+def test_an_8bit_product_is_that_of_the_weights_it_stands_for(clips):
+    """Weights in int8, activations as they are: values and gradients of the plain product, and no copy of the matrix
+    kept for the backward pass."""
+    from bitsandbytes.nn import Linear8bitLt
+    from conftest import load_policy
+    _, _, policy = load_policy("--quantize", "8bit")
+    layer = next(m for m in policy.modules() if isinstance(m, Linear8bitLt))
+    weight = layer.weight.data.float() * (layer.weight.SCB / 127)[:, None]
+    x = torch.randn(3, 5, layer.in_features, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    torch.testing.assert_close(y, x @ weight.T, atol=1e-5, rtol=1e-5)
+    assert {t.dtype for t in kept if t.ndim == 2} == {torch.int8}
+    ours, plain = (torch.autograd.grad(out.square().sum(), x)[0] for out in (y, x @ weight.T))
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+
+
 def test_every_linear_of_the_llm_is_quantised_and_nothing_else():
     """Pitfall 23: a list of modules to leave alone that matches none of them would go unnoticed."""
     from conftest import load_policy

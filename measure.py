@@ -1,0 +1,171 @@
+"""What fits on a card, and how long a step takes: each chapter's own script, timed by its own log.
+
+    python measure.py grpo_asr                                        the embedded models on this machine
+    python measure.py grpo_asr --size real --gib 8 --quantize 8bit --group 8 --micro 8 --max-tokens 48
+    python measure.py grpo_tts --size real --gib 8 --quantize 8bit --batch 4 --group 4 --micro 4 --offload
+
+--size real builds models of the published checkpoints' size with random weights (build/real, once, 6 GB) and runs the
+script on them: Fun-ASR-Nano (0.8B) on clips of 10 s; for speech Llasa-1B (1.4B), Xcodec2, WavLM-base and Fun-ASR-Nano
+as both judges. Random weights cost what trained ones cost, except that nothing ends early: every sample has all of
+--max-tokens, or of --max-seconds. --gib caps what torch may take to that of a smaller card, less 0.7 GiB for CUDA's
+own context. A line is added to --log: seconds a step by phase (the first step left out) and peak GiB by phase, or the
+script's last word where it ran out. Other flags go to the script.
+"""
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+REAL = Path("build/real")
+CONTEXT = 0.7  # GiB that CUDA keeps for itself
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("script", choices=["grpo_asr", "grpo_tts", "diffro_tts"])
+    p.add_argument("--size", choices=["embedded", "real"], default="embedded")
+    p.add_argument("--gib", type=float, help="pretend that the GPU has this much memory")
+    p.add_argument("--steps", type=int, default=4, help="one to warm up, the others timed (default: 4)")
+    p.add_argument("--log", default="results/figure2.jsonl", metavar="FILE", help="(default: %(default)s)")
+    args, args.flags = p.parse_known_args(argv)
+    if args.script == "diffro_tts" and args.size == "real":
+        p.error("--size real has no Token2Text: none of that size is published")
+    if args.steps < 2:
+        p.error("--steps must be 2 or more: the first one warms up")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()
+
+import numpy as np
+import soundfile as sf
+import torch
+import transformers as hf
+
+from data import load_folder
+
+
+def shell(name, folder):
+    """The files of checkpoints/NAME but for the model's own, in `folder`."""
+    shutil.copytree(Path("checkpoints") / name, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+
+
+def build_asr(folder):
+    """Fun-ASR-Nano at its published size, 0.83B, behind the embedded processor."""
+    small = hf.AutoConfig.from_pretrained("checkpoints/asr")
+    config = hf.FunAsrNanoConfig(audio_token_id=small.audio_token_id)
+    shell("asr", folder)
+    save(hf.FunAsrNanoForConditionalGeneration, config, folder, small)
+
+
+def build_tts(folder):
+    """Llasa-1B: Llama 3.2 1B with a vocabulary of 193,800, 65,536 of them speech; 1.4B."""
+    shell("tts", folder)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<|s_{i}|>" for i in range(65_536)])
+    tokenizer.save_pretrained(folder)
+    small = hf.AutoConfig.from_pretrained("checkpoints/tts")
+    config = hf.LlamaConfig(vocab_size=193_800, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                            num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+                            max_position_embeddings=8192, rms_norm_eps=1e-5, eos_token_id=small.eos_token_id)
+    speech = [i for token, i in tokenizer.get_vocab().items() if token.startswith("<|s_")]
+    save(hf.LlamaForCausalLM, config, folder, small, speech)
+
+
+def build_codec(folder):
+    """Xcodec2 at its published size: 50 tokens a second."""
+    shell("codec", folder)
+    extractor = hf.AutoFeatureExtractor.from_pretrained(folder)
+    extractor.hop_length = 320
+    extractor.save_pretrained(folder)
+    save(hf.Xcodec2Model, hf.Xcodec2Config(), folder)
+
+
+def build_speaker(folder):
+    """WavLM-base with an x-vector head, as microsoft/wavlm-base-plus-sv."""
+    shell("speaker", folder)
+    save(hf.WavLMForXVector, hf.WavLMConfig(), folder)
+
+
+def save(model_class, config, folder, small=None, speech=()):
+    """Random weights in bf16; `speech` rows of the embedding are large, so that speech is what is sampled."""
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = model_class(config)
+    if speech:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[speech] *= 3
+    if small is not None:
+        model.generation_config = hf.GenerationConfig.from_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def build_clips(folder, count, seconds=10, rate=16_000):
+    """`count` clips of `seconds`, each made of several of d0, with what is said in them."""
+    (folder / "audio").mkdir(parents=True)
+    clips = sorted((u for u in load_folder("data/d0") if u.text), key=lambda u: u.path)
+    with open(folder / "metadata.jsonl", "w") as table:
+        for i in range(count):
+            wave, text = np.zeros(0, dtype=np.float32), []
+            while len(wave) < seconds * rate:
+                clip = clips.pop()
+                wave, text = np.concatenate([wave, clip.waveform(rate)]), [*text, clip.text]
+            sf.write(folder / "audio" / f"{i:02}.wav", wave[:seconds * rate], rate)
+            table.write(json.dumps({"file_name": f"audio/{i:02}.wav", "text": " ".join(text)}) + "\n")
+
+
+def real(script):
+    """The flags that put a script on models of real size, which are built where they are missing."""
+    makers = {"asr": build_asr, "clips": lambda f: build_clips(f, 24), "test": lambda f: build_clips(f, 4)}
+    if script != "grpo_asr":
+        makers |= {"tts": build_tts, "codec": build_codec, "speaker": build_speaker}
+    for name, make in makers.items():
+        if not (REAL / name).exists():
+            print(f"build {REAL / name}", flush=True)
+            shutil.rmtree(REAL / "half", ignore_errors=True)
+            make(REAL / "half")
+            (REAL / "half").rename(REAL / name)
+    if script == "grpo_asr":
+        return ["--model", REAL / "asr", "--data", REAL / "clips", "--test", REAL / "test"]
+    if not (REAL / "asr2").exists():
+        (REAL / "asr2").symlink_to("asr")
+    texts = REAL / "texts.txt"
+    lines = Path("data/tts/test/metadata.jsonl").read_text().splitlines()[:4]
+    texts.write_text("".join(json.loads(line)["text"] + "\n" for line in lines))
+    return ["--model", REAL / "tts", "--codec", REAL / "codec", "--judge", REAL / "asr", "--second-judge",
+            REAL / "asr2", "--speaker", REAL / "speaker", "--test", texts]
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    flags = [*(real(args.script) if args.size == "real" else []), "--steps", args.steps, "--eval-every", 0, *args.flags]
+    if args.gib:
+        total = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (args.gib - CONTEXT) / total))
+    out = Path("runs/measure")
+    shutil.rmtree(out, ignore_errors=True)
+    row = {"script": args.script, "size": args.size, "gib": args.gib, "flags": " ".join(args.flags)}
+    try:
+        __import__(args.script).main([*map(str, flags), "--out", str(out)])
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        row["failed"] = str(stop.code)
+    if (out / "log.jsonl").exists():
+        header, *rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        row |= {"device": header["device"], "dtype": header["dtype"], "commit": header["commit"]}
+        steps = [r for r in rows if "seconds" in r and "reward" in r][1:]
+        if steps:
+            mean = lambda k: round(sum(r["seconds"][k] for r in steps) / len(steps), 4)  # noqa: E731
+            row["seconds"] = {k: mean(k) for k in steps[0]["seconds"]}
+            row["peak_gib"] = round(steps[-1]["peak_memory_gib"], 2)
+            row["peak_by_phase_gib"] = {k: round(v, 2) for k, v in steps[-1].get("peak_by_phase_gib", {}).items()}
+    print(json.dumps(row))
+    Path(args.log).parent.mkdir(parents=True, exist_ok=True)
+    with open(args.log, "a") as log:
+        log.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

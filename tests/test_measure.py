@@ -1,0 +1,66 @@
+"""measure.py: models of real size are built, go through the scripts, and leave a line with their seconds and memory."""
+import json
+
+import pytest
+
+import measure
+
+
+def thin(config_class, **less):
+    """`config_class` with fewer and narrower layers: what is built stays the same in kind."""
+    return lambda **given: config_class(**{**given, **less})
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """The published configurations, thinned; vocabulary, codes and rates stay."""
+    layer = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=1)
+    llm = dict(**layer, num_key_value_heads=1, head_dim=64, initializer_range=0.2)
+    thinned = {
+        "FunAsrNanoConfig": dict(
+            text_config=dict(model_type="qwen3", vocab_size=151_936, tie_word_embeddings=True, **llm),
+            audio_config=dict(model_type="fun_asr_nano_encoder", num_timestamp_prediction_layers=0, **layer),
+            adaptor_config=dict(hidden_size=64, intermediate_size=16, num_attention_heads=1)),
+        "LlamaConfig": llm,
+        "WavLMConfig": {**layer, "num_attention_heads": 4},
+        "Xcodec2Config": dict(
+            **layer, num_key_value_heads=1, quantization_dim=128, encoder_hidden_size=2,
+            semantic_model_config=dict(model_type="wav2vec2-bert", **layer))}
+    for name, less in thinned.items():
+        monkeypatch.setattr(measure.hf, name, thin(getattr(measure.hf, name), **less))
+    monkeypatch.setattr(measure, "REAL", tmp_path / "real")
+    return tmp_path
+
+
+def measured(folder, *flags):
+    """The line that a measurement leaves."""
+    measure.main([*flags, "--size", "real", "--steps", "2", "--log", str(folder / "log.jsonl"), "--device", "cpu"])
+    return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+
+
+def test_a_recogniser_of_real_size_is_built_once_and_timed(small, capsys):
+    row = measured(small, "grpo_asr", "--batch", "2", "--group", "2", "--micro", "4", "--max-tokens", "5")
+    assert set(row["seconds"]) == {"encode", "rollout", "reward", "update"} and row["peak_gib"] > 0
+    assert capsys.readouterr().out.count("build ") == 3
+    measured(small, "grpo_asr", "--batch", "2", "--group", "2", "--micro", "4", "--max-tokens", "5")
+    assert "build " not in capsys.readouterr().out
+
+
+def test_a_speaker_of_real_size_says_speech_tokens(small):
+    row = measured(small, "grpo_tts", "--batch", "2", "--group", "2", "--micro", "4", "--max-seconds", "1", "--offload",
+                   "--quantize", "8bit")
+    assert set(row["seconds"]) == {"rollout", "decode", "reward", "update"}
+    assert set(row["peak_by_phase_gib"]) >= {"rollout", "decode", "reward", "update"}
+    log = [json.loads(line) for line in open("runs/measure/log.jsonl")]
+    assert log[2]["tokens"] > 40                          # of 50: speech is what the random LLM says
+
+
+def test_what_does_not_fit_is_reported_in_the_scripts_own_words(small, monkeypatch):
+    import torch
+
+    import grpo_asr
+    def full(args):
+        raise torch.cuda.OutOfMemoryError("full")
+    monkeypatch.setattr(grpo_asr, "train", full)
+    row = measured(small, "grpo_asr", "--micro", "8")
+    assert "memory is full; lower --micro (now 8) or --group" in row["failed"] and "seconds" not in row
