@@ -109,7 +109,7 @@ def test_the_supervised_control_trains_on_the_references(tests_folder, tmp_path)
 
 
 def test_an_8bit_policy_trains(tests_folder, tmp_path, capsys):
-    lines = run(tests_folder, tmp_path / "run", "--steps", "3", "--quantize", "8bit")
+    lines = run(tests_folder, tmp_path / "run", "--steps", "3", "--group", "8", "--quantize", "8bit")
     rows = [line for line in lines if "reward" in line]
     assert len(rows) == 3 and rows[2]["kl"] > 0 and rows[0]["clipped"] == 0
     assert "check: |ratio - 1|" in capsys.readouterr().out
