@@ -55,7 +55,7 @@ def parse_args(argv=None):
     g.add_argument("--micro", type=int, default=16, help="samples in one forward and backward; changes memory and "
                    "speed alone (default: 16, the best on a CPU)")
     g.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the log-probs (paper: 1)")
-    g.add_argument("--lr", type=float, default=1e-3, help="AdamW on LoRA (default: 1e-3; paper, all weights: 1e-5)")
+    g.add_argument("--lr", type=float, default=3e-4, help="AdamW on LoRA (default: 3e-4; paper, all weights: 1e-5)")
     g.add_argument("--clip", type=float, default=0.2, help="eps of Eq. 3")
     g.add_argument("--beta", type=float, default=0.1, help="weight of the KL in Eq. 3 (paper: 0.1)")
     g = p.add_argument_group("run")
