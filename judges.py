@@ -127,7 +127,7 @@ class Judge(Frozen):
         inputs = ask(self.processor, waves, self.language).to(self.device)
         limits = [16 + int(8 * len(w) / self.rate) for w in waves]
         out = greedy(self.model, inputs, self.language, max(limits))
-        return answers(self.processor, [row[:limit] for row, limit in zip(out, limits)])
+        return answers(self.processor, [row[:limit] for row, limit in zip(out.tolist(), limits)])
 
 
 class Speaker(Frozen):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq
+from transformers import AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq, BatchFeature
 
 # the prompts that IBM's model card and Qwen's evaluation code give for transcription
 GRANITE = [{"role": "system", "content": "Knowledge Cutoff Date: April 2024.\nToday's Date: April 9, 2025.\n"
@@ -33,8 +33,9 @@ def ask_fun_asr_nano(processor, waves, language, keywords):
 
 
 def ask_qwen3_asr(processor, waves, language, keywords):
-    context = keywords and [", ".join(words) or None for words in keywords]         # its system prompt
-    return processor.apply_transcription_request(waves, language=language, prompt=context)
+    contexts = [", ".join(words) or None for words in keywords] if keywords else [None] * len(waves)
+    return batch([processor.apply_transcription_request(wave, language=language, prompt=context)   # its system prompt
+                  for wave, context in zip(waves, contexts)], processor.tokenizer.pad_token_id, time=1)
 
 
 def ask_glm_asr(processor, waves, language, keywords):
@@ -53,13 +54,26 @@ def ask_qwen2_audio(processor, waves, language, keywords):
 
 
 def ask_granite_speech(processor, waves, language, keywords):
-    """Its encoder knows no padding: each clip gets the features that it has alone, and `frames` (B,) of its own."""
     text = processor.tokenizer.apply_chat_template(GRANITE, tokenize=False, add_generation_prompt=True)
-    inputs = processor(text=[text] * len(waves), audio=waves, padding=True, return_tensors="pt")
-    alone = [processor.audio_processor(wave)["input_features"][0] for wave in waves]
-    inputs["input_features"] = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True)   # (B, frames, 160)
-    inputs["frames"] = torch.tensor([len(features) for features in alone])
+    rows = [processor(text=text, audio=wave, return_tensors="pt") for wave in waves]
+    inputs = batch(rows, processor.tokenizer.pad_token_id, time=0)
+    inputs["frames"] = torch.tensor([row["input_features"].shape[1] for row in rows])   # (B,), for its encoder
     return inputs
+
+
+def batch(rows, pad_id, time):
+    """Inputs of single clips -> one batch; `time` is the axis of time in a clip's features.
+
+    Beside a longer clip the extractors of Qwen3-ASR and Granite in transformers 5.23 give a clip other features at
+    its end than alone (silence for nothing, no reflection), and Qwen3-ASR sometimes one place more.
+    """
+    def pad(name, value=0, side="right", axis=0):
+        return torch.nn.utils.rnn.pad_sequence(
+            [row[name][0].movedim(axis, 0) for row in rows], True, value, side).movedim(1, axis + 1)
+
+    return BatchFeature(dict(
+        input_ids=pad("input_ids", pad_id, "left"), attention_mask=pad("attention_mask", 0, "left"),
+        input_features=pad("input_features", axis=time), input_features_mask=pad("input_features_mask")))
 
 
 def ask_whisper(processor, waves, language, keywords):
@@ -77,6 +91,7 @@ def hear_voxtral(model, inputs, features):
 
 
 def hear_granite_speech(model, inputs, features):
+    """Clip by clip: its encoder knows no padding."""
     clips = [clip[None, :count] for clip, count in zip(features, inputs["frames"])]
     return torch.cat([model.get_audio_features(clip).pooler_output[0] for clip in clips])
 
