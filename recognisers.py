@@ -186,6 +186,7 @@ def settle(model):
                 model.set_submodule(name, layer.get_base_layer())
         model._hf_peft_config_loaded = model.config.has_lora_adapter = False
         del model.peft_config
+        model._weight_conversions = None        # those of the adapter: its names would go into what is saved
     scaling = getattr(model.config.get_text_config(decoder=True), "logits_scaling", 1)
     if scaling != 1:
         model.lm_head.register_forward_hook(lambda module, given, logits: logits / scaling)
