@@ -255,6 +255,8 @@ def collate(processor, utterances, language, hotwords=False):
         return ask(processor, [u.waveform(rate(processor)) for u in utterances], language, keywords)
     except ValueError as error:
         raise DataError(f"--language {language}: the model's processor refuses it ({error})") from None
+    except ImportError as error:                                                    # Voxtral's needs mistral-common
+        raise DataError(f"a {type(processor).__name__}: {str(error).strip().splitlines()[0]}") from None
 
 
 # ---- the log of a run --------------------------------------------------------------------------------------
@@ -445,9 +447,9 @@ def load_pretrained(auto_class, name, flag="--model", **options):
 def load_recogniser(name, flag="--model", **options):
     """(processor, model) of any class in recognisers.py, put right; DataError for any other, before it is loaded."""
     processor = load_pretrained(transformers.AutoProcessor, name, flag)
-    known = [kind for kind, row in RECOGNISERS.items() if row.hear or flag != "--model"]
+    known = {kind: row for kind, row in RECOGNISERS.items() if row.hear or flag != "--model"}    # Whisper only judges
     row = recogniser(processor)
-    if row is None or (row.hear is None and flag == "--model"):
+    if row not in known.values():
         raise DataError(f"{flag} {name}: comes with a {type(processor).__name__}; known are {', '.join(known)}")
     model = load_pretrained(row.loader, name, flag, **options)
     if recogniser(model) is not row:

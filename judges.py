@@ -95,8 +95,9 @@ class Judge(Frozen):
         try:                                     # half a second of noise: what fails here would fail on every sample
             with self.at_work():
                 self.hear([0.1 * np.random.default_rng(0).standard_normal(self.rate // 2).astype(np.float32)])
-        except ValueError as error:
-            raise DataError(f"{flag} {name} with --language {language}: refuses to transcribe ({error})") from None
+        except (ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"{flag} {name} with --language {language}: refuses to transcribe ({reason})") from None
 
     def transcribe(self, waves, batch=128):
         """Waveforms (samples,) at `rate` -> their texts. "" for less than 0.1 s; None where the judge failed."""

@@ -27,24 +27,10 @@ QWEN2_AUDIO = "Detect the language and recognize the speech: <|{}|>"
 
 # ---- asked ----------------------------------------------------------------------------------------------------
 
-def ask_fun_asr_nano(processor, waves, language, keywords):
-    return processor.apply_transcription_request(waves, language=language, keywords=keywords,
-                                                 processor_kwargs={"padding": True})
-
-
 def ask_qwen3_asr(processor, waves, language, keywords):
     contexts = [", ".join(words) or None for words in keywords] if keywords else [None] * len(waves)
     return batch([processor.apply_transcription_request(wave, language=language, prompt=context)   # its system prompt
                   for wave, context in zip(waves, contexts)], processor.tokenizer.pad_token_id, time=1)
-
-
-def ask_glm_asr(processor, waves, language, keywords):
-    return processor.apply_transcription_request(waves)
-
-
-def ask_voxtral(processor, waves, language, keywords):
-    return processor.apply_transcription_request(waves, language=language, model_id="voxtral", format="wav",
-                                                 sampling_rate=rate(processor))
 
 
 def ask_qwen2_audio(processor, waves, language, keywords):
@@ -76,18 +62,10 @@ def batch(rows, pad_id, time):
         input_features=pad("input_features", axis=time), input_features_mask=pad("input_features_mask")))
 
 
-def ask_whisper(processor, waves, language, keywords):
-    return processor(waves, sampling_rate=rate(processor), return_tensors="pt", return_attention_mask=True)
-
-
 # ---- heard: features -> audio embeddings (places, D), clip after clip --------------------------------------------
 
 def hear_masked(model, inputs, features):
     return model.get_audio_features(features, inputs["input_features_mask"]).pooler_output
-
-
-def hear_voxtral(model, inputs, features):
-    return model.get_audio_features(features).pooler_output         # always whole windows of 30 s
 
 
 def hear_granite_speech(model, inputs, features):
@@ -119,13 +97,23 @@ class Recogniser:
 
 
 RECOGNISERS = {
-    "FunAsrNano": Recogniser(ask_fun_asr_nano, hear_masked, keywords=True),
+    "FunAsrNano": Recogniser(
+        lambda processor, waves, language, keywords: processor.apply_transcription_request(
+            waves, language=language, keywords=keywords, processor_kwargs={"padding": True}),
+        hear_masked, keywords=True),
     "Qwen3ASR": Recogniser(ask_qwen3_asr, hear_masked, keywords=True, before=r"language [A-Za-z ]+<asr_text>"),
-    "GlmAsr": Recogniser(ask_glm_asr, hear_masked),
+    "GlmAsr": Recogniser(
+        lambda processor, waves, language, keywords: processor.apply_transcription_request(waves), hear_masked),
     "GraniteSpeech": Recogniser(ask_granite_speech, hear_granite_speech),
-    "Voxtral": Recogniser(ask_voxtral, hear_voxtral),
+    "Voxtral": Recogniser(
+        lambda processor, waves, language, keywords: processor.apply_transcription_request(
+            waves, language=language, model_id="voxtral", format="wav", sampling_rate=rate(processor)),
+        lambda model, inputs, features: model.get_audio_features(features).pooler_output),  # whole windows of 30 s
     "Qwen2Audio": Recogniser(ask_qwen2_audio, hear_qwen2_audio),
-    "Whisper": Recogniser(ask_whisper, None, loader=AutoModelForSpeechSeq2Seq),
+    "Whisper": Recogniser(
+        lambda processor, waves, language, keywords: processor(
+            waves, sampling_rate=rate(processor), return_tensors="pt", return_attention_mask=True),
+        None, loader=AutoModelForSpeechSeq2Seq),
 }
 
 
