@@ -33,6 +33,7 @@ import transformers
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
 
+from recognisers import RECOGNISERS, ask, rate, recogniser, settle
 from rewards import normalize_text
 
 EMBEDDED = Path(__file__).resolve().parent / "data"
@@ -245,16 +246,17 @@ def batch_indices(step, count, batch, seed):
 
 
 def collate(processor, utterances, language, hotwords=False):
-    """The processor's inputs for a batch: `input_ids` (B, L) padded on the left, `input_features` (B, frames, 560)
-    and their masks. `hotwords` puts each utterance's keywords into its prompt."""
-    rate = processor.feature_extractor.sampling_rate
+    """The processor's inputs for a batch: `input_ids` (B, L) padded on the left, `input_features` (Fun-ASR-Nano: B,
+    frames, 560) and their masks. `hotwords` puts each utterance's keywords into its prompt."""
     keywords = [list(u.keywords) for u in utterances] if hotwords else None
-    waves = [u.waveform(rate) for u in utterances]
+    if hotwords and not recogniser(processor).keywords:
+        raise DataError(f"--hotwords: the prompt of a {type(processor).__name__} has no place for keywords")
     try:
-        return processor.apply_transcription_request(waves, language=language, keywords=keywords,
-                                                     processor_kwargs={"padding": True})
+        return ask(processor, [u.waveform(rate(processor)) for u in utterances], language, keywords)
     except ValueError as error:
         raise DataError(f"--language {language}: the model's processor refuses it ({error})") from None
+    except ImportError as error:                                                    # Voxtral's needs mistral-common
+        raise DataError(f"a {type(processor).__name__}: {str(error).strip().splitlines()[0]}") from None
 
 
 # ---- the log of a run --------------------------------------------------------------------------------------
@@ -442,6 +444,20 @@ def load_pretrained(auto_class, name, flag="--model", **options):
         raise DataError(f"{flag} {name}: has no weights for {sorted(found['missing_keys'])[0]} of "
                         f"{type(model).__name__}: made for another task?")
     return model
+
+
+def load_recogniser(name, flag="--model", **options):
+    """(processor, model) of any class in recognisers.py, put right; DataError for any other, before it is loaded."""
+    processor = load_pretrained(transformers.AutoProcessor, name, flag)
+    known = {kind: row for kind, row in RECOGNISERS.items() if row.hear or flag != "--model"}    # Whisper only judges
+    row = recogniser(processor)
+    if row not in known.values():
+        raise DataError(f"{flag} {name}: comes with a {type(processor).__name__}; known are {', '.join(known)}")
+    model = load_pretrained(row.loader, name, flag, **options)
+    if recogniser(model) is not row:
+        raise DataError(f"{flag} {name}: is a {type(model).__name__}; known are {', '.join(known)}")
+    processor.tokenizer.padding_side = "left"
+    return processor, settle(mend_attention(model))
 
 
 def mend_attention(model):

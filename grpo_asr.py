@@ -94,7 +94,6 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
-from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 import quantize
 from data import (
@@ -104,16 +103,16 @@ from data import (
     batch_indices,
     collate,
     load_adapter,
-    load_pretrained,
+    load_recogniser,
     load_sets,
     load_state,
-    mend_attention,
     new_run_folder,
     pick_device,
     quiet,
     run_header,
     save_state,
 )
+from recognisers import answers, embed, rate
 from report import percent, print_table, print_times, print_transcripts, transcripts_row
 from rewards import asr_metrics, asr_reward, normalize_text
 from sampling import Prompts, Rollout, completion_logits, completion_mask, generator_for, micro_batches, sample
@@ -192,14 +191,11 @@ def load(args, device):
     """The processor and the policy: frozen base in eval mode (no dropout anywhere), fp32 LoRA on its LLM."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     # the encoder is a small part, runs once a step and feeds everything else: it stays in `dtype`
-    skip = [".*audio_tower", ".*multi_modal_projector", "lm_head"]  # patterns from the start of a module's name
-    processor = load_pretrained(AutoProcessor, args.model)
-    base = load_pretrained(AutoModelForMultimodalLM, args.model, dtype=dtype, device_map=device,
-                           quantization_config=quantize.config(args.quantize, device, dtype, skip))
-    if not hasattr(processor, "apply_transcription_request") or not hasattr(base, "get_audio_features"):
-        raise DataError(f"--model {args.model}: is a {type(base).__name__}; this script drives Fun-ASR-Nano models")
+    skip = [r"(?!.*language_model).*"]                                # all but the LLM, whatever the class
+    processor, base = load_recogniser(args.model, dtype=dtype, device_map=device,
+                                      quantization_config=quantize.config(args.quantize, device, dtype, skip))
     torch.manual_seed(args.seed)
-    policy = get_peft_model(quantize.weight_only(mend_attention(base)), LoraConfig(
+    policy = get_peft_model(quantize.weight_only(base), LoraConfig(
         r=args.lora_rank, lora_alpha=2 * args.lora_rank, lora_dropout=0.0,
         target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"))
     return processor, policy.eval()
@@ -210,13 +206,7 @@ def load(args, device):
 @torch.no_grad()
 def encode(policy, inputs):
     """Runs the audio encoder, once per clip and step; rollout, policy and reference share what it gives."""
-    base = policy.get_base_model()
-    audio = base.get_audio_features(inputs["input_features"], inputs["input_features_mask"]).pooler_output
-    embeds = base.get_input_embeddings()(inputs["input_ids"])                       # (B, L, D)
-    here = inputs["input_ids"] == base.config.audio_token_id
-    if int(here.sum()) != len(audio):
-        raise RuntimeError(f"{len(audio)} audio embeddings for {int(here.sum())} places in the prompts")
-    return Prompts(embeds.masked_scatter(here[..., None], audio.to(embeds.dtype)), inputs["attention_mask"])
+    return Prompts(embed(policy.get_base_model(), inputs), inputs["attention_mask"])        # (B, L, D), (B, L)
 
 
 def completion_logprobs(policy, prompts, ids, mask, group, temperature):
@@ -258,8 +248,7 @@ def evaluate(policy, processor, utterances, args, device, batch=32):
 
 def decode(processor, rollout):
     """The texts of a rollout, without end tokens and padding."""
-    rows = [row[keep].tolist() for row, keep in zip(rollout.ids.cpu(), rollout.mask.cpu())]
-    return [text.strip() for text in processor.batch_decode(rows, skip_special_tokens=True)]
+    return answers(processor, [row[keep].tolist() for row, keep in zip(rollout.ids.cpu(), rollout.mask.cpu())])
 
 
 def end_tokens(policy):
@@ -272,7 +261,7 @@ def self_check(policy, processor, utterances, args, device):
     """The pitfalls that stay silent, tried on the first batch before anything is trained; one line says how it went.
 
     The trained log-probs are the sampler's (ratio 1), the reference is the untrained policy (KL 0), and the audio
-    reaches them: the same clips played backwards must be less likely to give the same transcripts.
+    reaches them: the same clips played backwards (upside down where a class has time in its last axis) must move them.
     """
     utterances, group = utterances[:max(1, args.micro // args.group)], min(args.group, args.micro)
     inputs = collate(processor, utterances, args.language, args.hotwords).to(device)
@@ -323,7 +312,7 @@ def train(args):
     device = pick_device(args.device)
     quiet()
     processor, policy = load(args, device)
-    clips, tests = load_sets(args, processor.feature_extractor.sampling_rate)
+    clips, tests = load_sets(args, rate(processor))
     main_set = main_of(tests, args)
     keywords = {k for u in clips for k in u.keywords}             # R3 watches for every keyword of the domain
     if "R3" in args.rewards and not keywords:

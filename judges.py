@@ -16,13 +16,12 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForAudioXVector,
-    AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
-    AutoProcessor,
     AutoTokenizer,
 )
 
-from data import DataError, load_pretrained, mend_attention
+from data import DataError, load_pretrained, load_recogniser
+from recognisers import answers, ask, greedy, rate
 
 
 class Frozen:
@@ -86,21 +85,19 @@ class Codec(Frozen):
 
 
 class Judge(Frozen):
-    """A recogniser that reads waveforms greedily: any model whose processor takes transcription requests."""
+    """A recogniser that reads waveforms greedily: any class in recognisers.py."""
 
     def __init__(self, name, device, offload=False, language="en", flag="--judge"):
-        self.processor, self.language = load_pretrained(AutoProcessor, name, flag=flag), language
-        if not hasattr(self.processor, "apply_transcription_request"):
-            raise DataError(f"{flag} {name}: its processor takes no transcription requests; a Fun-ASR-Nano model does")
-        self.rate = self.processor.feature_extractor.sampling_rate
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        super().__init__(mend_attention(load_pretrained(AutoModelForMultimodalLM, name, flag=flag, dtype=dtype)),
-                         device, offload)
+        self.processor, model = load_recogniser(name, flag, dtype=dtype)
+        self.rate, self.language = rate(self.processor), language
+        super().__init__(model, device, offload)
         try:                                     # half a second of noise: what fails here would fail on every sample
             with self.at_work():
                 self.hear([0.1 * np.random.default_rng(0).standard_normal(self.rate // 2).astype(np.float32)])
-        except ValueError as error:
-            raise DataError(f"{flag} {name} with --language {language}: refuses to transcribe ({error})") from None
+        except (ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"{flag} {name} with --language {language}: refuses to transcribe ({reason})") from None
 
     def transcribe(self, waves, batch=128):
         """Waveforms (samples,) at `rate` -> their texts. "" for less than 0.1 s; None where the judge failed."""
@@ -128,13 +125,10 @@ class Judge(Frozen):
 
     def hear(self, waves):
         """The texts of one batch, at most 16 tokens and 8 a second of its own sound for each."""
-        inputs = self.processor.apply_transcription_request(waves, language=self.language,
-                                                            processor_kwargs={"padding": True}).to(self.device)
-        inputs["input_features"] = inputs["input_features"].to(self.model.dtype)
+        inputs = ask(self.processor, waves, self.language).to(self.device)
         limits = [16 + int(8 * len(w) / self.rate) for w in waves]
-        out = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max(limits))
-        rows = [row[:limit] for row, limit in zip(out[:, inputs.input_ids.shape[1]:], limits)]
-        return [text.strip() for text in self.processor.batch_decode(rows, skip_special_tokens=True)]
+        out = greedy(self.model, inputs, self.language, max(limits))
+        return answers(self.processor, [row[:limit] for row, limit in zip(out.tolist(), limits)])
 
 
 class Speaker(Frozen):
