@@ -268,7 +268,7 @@ def test_a_bad_line_of_the_pool_is_named(pool):
 class Planted:
     """Judges whose transcripts are known: `heard` by model and the seconds of the clip."""
 
-    rate, asked, fail_at = RATE, 0, None
+    rate, asked, fail_at, table, on_disk = RATE, 0, None, None, None
     heard = {"a": {1: "now lima and", 2: "now anna and", 3: "now anna anna and lima", 4: "no", 5: "no", 6: None},
              "b": {1: "now lima and", 2: "now anna and lima", 3: "now anna", 4: "NO.", 5: "x", 6: "x"}}
 
@@ -278,6 +278,7 @@ class Planted:
     def transcribe(self, waves, batch):
         Planted.asked += len(waves)
         if Planted.asked == Planted.fail_at:
+            Planted.on_disk = Planted.table.read_text()         # what a power cut would leave
             raise KeyboardInterrupt
         return [self.heard[self.name][len(wave) // RATE] for wave in waves]
 
@@ -303,12 +304,14 @@ def test_disagreement_by_hand(pool, planted, capsys):
 
 
 def test_transcripts_survive_a_stop(pool, planted, monkeypatch):
+    table = pool.parent / "out" / "transcripts.jsonl"
     monkeypatch.setattr(Planted, "fail_at", 9)
+    monkeypatch.setattr(Planted, "table", table)
     with pytest.raises(SystemExit, match="^stopped; the same command goes on"):
         chosen(pool, "disagreement", *planted, "--batch", "1")
-    table = pool.parent / "out" / "transcripts.jsonl"
-    assert len(table.read_text().splitlines()) == 8 and not (pool.parent / "out" / "metadata.jsonl").exists()
-    table.write_text(table.read_text()[:-20])                   # as a power cut in the middle of a line leaves it
+    assert table.read_text() == Planted.on_disk and len(Planted.on_disk.splitlines()) == 8
+    assert not (pool.parent / "out" / "metadata.jsonl").exists()
+    table.write_text(Planted.on_disk[:-20])                     # or one in the middle of a line
     monkeypatch.setattr(Planted, "fail_at", None)
     monkeypatch.setattr(Planted, "asked", 0)
     assert chosen(pool, "disagreement", *planted) == [2, 5] and Planted.asked == 12 - 7
