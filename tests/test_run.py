@@ -193,7 +193,8 @@ def test_interruption_saves_and_says_how_to_go_on(tests_folder, tmp_path):
     assert torch.load(out / "state.pt", weights_only=True)["step"] == steps >= 1
 
 
-@pytest.mark.parametrize("name", ["grpo_asr.py", "grpo_tts.py", "diffro_tts.py", "plot.py", "pretrain.py"])
+@pytest.mark.parametrize("name", ["grpo_asr.py", "grpo_tts.py", "diffro_tts.py", "plot.py", "pretrain.py",
+                                  "prepare.py", "use.py"])
 def test_help_answers_without_torch(name):
     code = f"import sys, runpy; sys.argv = ['{name}', '--help']; sys.modules['torch'] = None\n" \
            f"runpy.run_path('{name}', run_name='__main__')"
@@ -229,7 +230,7 @@ def test_a_wrong_flag_answers_at_once(flags, message):
 def test_pitfall_24_modules_do_nothing_at_import():
     done = subprocess.run([sys.executable, "-c", "import sys; sys.argv = ['x', '--no-such-flag']\n"
                            "import data, rewards, judges, report, listen, corpus, plot, pretrain\n"
-                           "import pretrain_tts, grpo_asr, grpo_tts, diffro_tts"],
+                           "import pretrain_tts, grpo_asr, grpo_tts, diffro_tts, prepare, use"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "", done.stderr
 
