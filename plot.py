@@ -129,6 +129,24 @@ def draw_rows(panels, out):
     return out
 
 
+def draw_phases(rows, phases, out):
+    """Seconds a step: {what ran: {phase: seconds}} -> a bar a row, made of its phases; returns the path."""
+    figure, axis = plt.subplots(layout="constrained", figsize=(11, 0.8 + 0.32 * len(rows)))
+    for phase, colour in zip(phases, plt.cm.tab10.colors):
+        start = [sum(row.get(p, 0) for p in phases[:phases.index(phase)]) for row in rows.values()]
+        axis.barh(range(len(rows)), [row.get(phase, 0) for row in rows.values()], left=start, color=colour, label=phase)
+    for at, row in enumerate(rows.values()):
+        axis.text(sum(row.values()), at, f" {sum(row.values()):.2f}", va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds a step", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+    return out
+
+
 def main(argv=None):
     args = parse_args(argv)
     print(draw(args.runs, args.out or Path(args.runs[0]) / "curves.png"))

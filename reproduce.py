@@ -3,6 +3,7 @@
     python reproduce.py                      tables and figures from the logs in results/, no training
     python reproduce.py --table 1            ASR: rewards and data, three seeds a row
     python reproduce.py --table 2            TTS: GRPO, DiffRO and both, three seeds a row
+    python reproduce.py --figure 2           seconds a step by phase, here; on a GPU at real size too
     python reproduce.py --figure 3           four methods over 1,500 steps
     python reproduce.py --table 1 --quick    two small steps of one seed in runs/quick, to see that everything works
 
@@ -49,12 +50,26 @@ ROWS = {  # {table or figure: {name of the row: (script, flags)}}
     },
 }
 
+SPEECH, HEARING = "--size real", "--size real --max-tokens 48"
+MEASURED = {  # what figure 2 times with measure.py: {where: [script and flags]}
+    "any": ["grpo_asr --test data/test/short", "grpo_asr --test data/test/short --quantize 8bit", "grpo_tts",
+            "diffro_tts", "diffro_tts --method grpo+diffro", "diffro_tts --teach reference"],
+    "cuda": [f"grpo_asr {HEARING} --group 12 --micro 96", f"grpo_asr {HEARING} --group 12 --micro 96 --quantize 8bit",
+             f"grpo_asr {HEARING} --group 8 --micro 8 --gib 8",
+             f"grpo_asr {HEARING} --group 8 --micro 8 --gib 8 --quantize 8bit",
+             f"grpo_asr {HEARING} --group 12 --micro 12 --gib 8 --quantize 8bit",
+             f"grpo_asr {HEARING} --group 12 --micro 24 --gib 12", f"grpo_asr {HEARING} --group 12 --micro 48 --gib 16",
+             f"grpo_tts {SPEECH} --group 4 --micro 4 --gib 8 --quantize 8bit --offload",
+             f"grpo_tts {SPEECH} --group 8 --micro 4 --gib 8 --quantize 8bit --offload",
+             f"grpo_tts {SPEECH} --group 8 --micro 8 --gib 12 --offload", f"grpo_tts {SPEECH} --group 8 --micro 16"],
+}
+
 
 def parse_args(argv=None):
     """What to run and where; what it does not know goes to every script."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--table", choices=["1", "2"], help="run what is missing of this table")
-    p.add_argument("--figure", choices=["3"], help="run what is missing of this figure")
+    p.add_argument("--figure", choices=["2", "3"], help="measure figure 2 here, or run what is missing of figure 3")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of it")
     p.add_argument("--seeds", type=int, nargs="+", help="(default: 1 2 3 for a table, 1 for a figure)")
     p.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1; 8 to 12 on a large GPU)")
@@ -62,6 +77,8 @@ def parse_args(argv=None):
     p.add_argument("--results", default="results", metavar="DIR", help="(default: results)")
     args, args.flags = p.parse_known_args(argv)   # what is left goes to every script: --device cpu, --quantize 8bit
     args.what = f"table{args.table}" if args.table else f"figure{args.figure}" if args.figure else None
+    if args.what == "figure2" and (args.rows or args.seeds or args.quick):
+        p.error("--figure 2 takes neither --rows nor --seeds nor --quick")
     if unknown := set(args.rows or ()) - set(ROWS.get(args.what, ())):
         p.error(f"no such row: {', '.join(unknown)}; one of {', '.join(map(repr, ROWS.get(args.what, ())))}")
     if args.flags and not args.what:
@@ -76,6 +93,7 @@ ASR_COLUMNS = [("short", "wer"), ("short", "insertions"), ("long", "wer"), ("lon
 ASR_TITLES = {"wer": "WER", "insertions": "ins", "keyword_f1": "F1", "hallucination_rate": "invented"}
 TTS_COLUMNS = {"wer": ("WER, %", 100), "similarity": ("SS", 1), "length_ratio": ("length", 1),
                "f0_spread": ("F0 spread", 1), "truncated": ("never stopped, %", 100)}
+PHASES = ("encode", "rollout", "decode", "reward", "update")
 DIGITS = {"SS": 3, "length": 3, "F0 spread": 2}                  # behind the point; 1 in all other columns
 SHOWN = {"table1": ["short WER", "long WER", "long ins", "keywords F1", "noise invented"],
          "table2": ["WER, %", "SS", "length", "F0 spread"]}      # columns that are drawn
@@ -135,6 +153,44 @@ def run_missing(args):
         time.sleep(1)
     if failed:
         sys.exit(f"error: {len(failed)} runs failed; their last words are in {', '.join(failed)}")
+
+
+def measure_all(args):
+    """Figure 2: every line of MEASURED that this machine can run, one at a time; SystemExit names those that failed."""
+    import torch
+
+    failed = []
+    for line in MEASURED["any"] + MEASURED["cuda"] * torch.cuda.is_available():
+        print(line, flush=True)
+        command = [sys.executable, "measure.py", *line.split(), *args.flags, "--log", f"{args.results}/figure2.jsonl"]
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            failed.append(line)
+    if failed:
+        sys.exit(f"error: {len(failed)} measurements failed: {'; '.join(failed)}")
+
+
+def phase_rows(results):
+    """Figure 2 as {what ran and where: its line of figure2.jsonl}; the last of several counts."""
+    def label(row):
+        flags = re.sub(r"--(test|max-tokens) \S+ ?", "", row["flags"]).strip()
+        cap = f"under {row['gib']:g} GiB" if row["gib"] else ""
+        device = re.sub(r"cpu, (\d+) threads", r"\1 CPU cores", row["device"]).removeprefix("NVIDIA ").split(" 80GB")[0]
+        return " ".join(filter(None, [row["script"], row["size"], flags, cap, f"on {device}"]))
+
+    rows = [json.loads(line) for line in (Path(results) / "figure2.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: (row["size"], row["script"]))
+    return {label(row): row for row in rows if "seconds" in row}
+
+
+def phase_table(rows):
+    """Figure 2 as Markdown: seconds by phase, their sum, peak GiB."""
+    phases = sorted({phase for row in rows.values() for phase in row["seconds"]}, key=list(PHASES).index)
+    lines = [["", *phases, "s a step", "peak GiB"], ["---"] * (3 + len(phases))]
+    for name, row in rows.items():
+        seconds = [row["seconds"].get(phase) for phase in phases]
+        lines.append([name, *("" if s is None else f"{s:.2f}" for s in seconds), f"{sum(filter(None, seconds)):.2f}",
+                      f"{row['peak_gib']:.1f}"])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def found(results, what):
@@ -199,6 +255,11 @@ def write_all(results):
     named = {folder: name for name, folders in found(results, "figure3").items() for folder in folders}
     if named:
         written.append(plot.draw(named, Path(results) / "figure3.png", named))
+    if (Path(results) / "figure2.jsonl").exists():
+        rows, path = phase_rows(results), Path(results) / "figure2"
+        path.with_suffix(".md").write_text(phase_table(rows))
+        written += [path.with_suffix(".md"), plot.draw_phases({n: r["seconds"] for n, r in rows.items()}, PHASES,
+                                                              path.with_suffix(".png"))]
     return written
 
 
@@ -211,12 +272,15 @@ def refresh(page):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.what:
+    if args.what == "figure2":
+        measure_all(args)
+    elif args.what:
         run_missing(args)
     for path in write_all(args.results):
         print(path)
     if Path(args.results).parts[0] == "results":
-        refresh("README.md")
+        for page in ("README.md", "docs/results.md"):
+            refresh(page)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,31 @@ def test_the_table_is_the_mean_and_range_after_the_last_step(tmp_path):
     assert [p.name for p in written] == ["table2.md", "table2.png"] and all(p.exists() for p in written)
 
 
-def test_the_tables_of_the_readme_are_those_of_the_logs():
-    tables = re.findall(r"<!-- (results/\S+\.md) -->\n(.*?)<!-- end -->", Path("README.md").read_text(), re.DOTALL)
-    assert {name for name, _ in tables} >= {"results/table1.md", "results/table2.md"}
-    rows = {"table1.md": reproduce.asr_rows, "table2.md": reproduce.tts_rows}
+def test_the_tables_of_the_pages_are_those_of_the_logs():
+    pages = "".join(Path(page).read_text() for page in ("README.md", "docs/results.md"))
+    tables = re.findall(r"<!-- (results/\S+\.md) -->\n(.*?)<!-- end -->", pages, re.DOTALL)
+    assert {name for name, _ in tables} == {str(p) for p in Path("results").rglob("*.md")}
+    made = {"table1.md": lambda r: reproduce.markdown(reproduce.asr_rows(r)),
+            "table2.md": lambda r: reproduce.markdown(reproduce.tts_rows(r)),
+            "figure2.md": lambda r: reproduce.phase_table(reproduce.phase_rows(r))}
     for name, text in tables:
         path = Path(name)
-        assert text == path.read_text() == reproduce.markdown(rows[path.name](path.parent)), name
+        assert text == path.read_text() == made[path.name](path.parent), name
+
+
+def test_figure_2_has_a_row_for_what_ran_where_and_the_last_measurement_counts(tmp_path):
+    line = {"script": "grpo_asr", "size": "real", "gib": 8.0, "flags": "--max-tokens 48 --micro 8", "peak_gib": 4.5,
+            "device": "NVIDIA H100 80GB HBM3"}
+    lines = [{**line, "seconds": {"encode": 9.0, "update": 9.0}}, {**line, "seconds": {"encode": 0.25, "update": 1.0}},
+             {"script": "grpo_tts", "size": "embedded", "gib": None, "flags": "", "device": "cpu, 2 threads",
+              "peak_gib": 2.0, "seconds": {"decode": 0.5, "update": 1.5}}, {**line, "gib": 4.0, "failed": "full"}]
+    (tmp_path / "figure2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    written = reproduce.write_all(tmp_path)
+    assert (tmp_path / "figure2.md").read_text().splitlines() == [
+        "|  | encode | decode | update | s a step | peak GiB |", "| --- | --- | --- | --- | --- | --- |",
+        "| grpo_tts embedded on 2 CPU cores |  | 0.50 | 1.50 | 2.00 | 2.0 |",
+        "| grpo_asr real --micro 8 under 8 GiB on H100 | 0.25 |  | 1.00 | 1.25 | 4.5 |"]
+    assert [p.name for p in written] == ["figure2.md", "figure2.png"] and written[1].stat().st_size > 5_000
 
 
 def test_a_page_gets_the_tables_that_it_names(tmp_path, monkeypatch):
