@@ -218,7 +218,8 @@ def completion_logprobs(policy, prompts, ids, mask, group, temperature):
 def references(policy, processor, prompts, utterances, eos, temperature):
     """The references as if they had been sampled, one a clip. With A = 1 the gradient of Eq. 3 is then that of
     supervised fine-tuning, the control that the paper lacks [choice]."""
-    rows = [torch.tensor(processor.tokenizer(u.text, add_special_tokens=False).input_ids + eos[:1]) for u in utterances]
+    end = next((e for e in eos if e == processor.tokenizer.eos_token_id), eos[0])   # of the list, the one of an answer
+    rows = [torch.tensor([*processor.tokenizer(u.text, add_special_tokens=False).input_ids, end]) for u in utterances]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=eos[0]).to(prompts.mask.device)
     mask = completion_mask(ids, eos)
     logp = completion_logprobs(policy, prompts, ids, mask, 1, temperature)
