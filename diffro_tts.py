@@ -16,7 +16,7 @@ out: the multi-task rewards of [DR] (emotion, quality, ...).
     python diffro_tts.py --steps 200
     python diffro_tts.py --steps 200 --method grpo+diffro --filter positive --rewards R1,R2
 
-Last line:  WER by the second judge: 17.7 % -> 12.1 % (-32 %) in 200 steps.  Everything is in runs/diffro_tts-...
+Last line:  WER by the second judge: 21.4 % -> 13.0 % (-39 %) in 200 steps.  Everything is in runs/diffro_tts-...
 """
 import argparse
 import logging

@@ -155,7 +155,7 @@ def main(argv=None):
     if (out / "log.jsonl").exists():
         header, *rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
         row |= {"device": header["device"], "dtype": header["dtype"], "commit": header["commit"]}
-        steps = [r for r in rows if "seconds" in r and "reward" in r][1:]
+        steps = [r for r in rows if "seconds" in r and "kl" in r][1:]
         if steps:
             mean = lambda k: round(sum(r["seconds"][k] for r in steps) / len(steps), 4)  # noqa: E731
             row["seconds"] = {k: mean(k) for k in steps[0]["seconds"]}
