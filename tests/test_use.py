@@ -155,7 +155,7 @@ def test_a_mistake_gets_one_line(asr_run, tts_run, tmp_path):
     assert "is there already and not empty" in failure("merge", asr_run[0], "--out", asr_run[0])
     assert "runs/none: no such folder" in failure("transcribe", "runs/none", clip)
     assert "error: nowhere: no such folder" in failure("transcribe", "nowhere", clip)
-    assert "cannot be loaded" in failure("transcribe", "checkpoints/tts", clip, "--device", "cpu")
+    assert "comes with a TokenizersBackend" in failure("transcribe", "checkpoints/tts", clip, "--device", "cpu")
     assert "no speech tokens" in failure("speak", "checkpoints/asr", TEXT, "--out", out, "--device", "cpu")
     assert "is a run of TTS; python use.py speak" in failure("transcribe", tts_run[0], clip)
     assert "is a run of speech recognition" in failure("speak", asr_run[0], TEXT, "--out", out)
