@@ -331,13 +331,21 @@ def run_header(args, device, policy):
             "trained": sum(p.numel() for p in policy.parameters() if p.requires_grad)}
 
 
-def saved_arguments(folder):
-    """The arguments of the run in `folder`, from the first line of its log, to resume it."""
+def logged_arguments(folder):
+    """The arguments of the run in `folder`, from the first line of its log. Raises DataError where there are none."""
     try:
-        with open(Path(folder) / "log.jsonl") as log:
-            saved = json.loads(log.readline())["arguments"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
-        raise DataError(f"--resume {folder}: no run there (a readable log.jsonl with its arguments)") from None
+        with open(Path(folder) / "log.jsonl", encoding="utf-8") as log:
+            return json.loads(log.readline())["arguments"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{folder}: no run there (a readable log.jsonl with its arguments)") from None
+
+
+def saved_arguments(folder):
+    """The arguments of the run in `folder`, to resume it."""
+    try:
+        saved = logged_arguments(folder)
+    except DataError as error:
+        raise DataError(f"--resume {error}") from None
     if not (Path(folder) / "state.pt").exists():
         raise DataError(f"--resume {folder}: no state.pt in it: the run ended before its first evaluation")
     return {**saved, "out": str(folder), "resume": str(folder)}
@@ -423,8 +431,8 @@ def pick_device(name):
         raise DataError(f"--device {name}: cpu and cuda are what this was tried on")
     if device.type == "cpu":
         keep_freed_memory()
-    else:       # the CPU makes features of small clips; 32 threads take ten times as long for it as one to four
-        torch.set_num_threads(min(4, torch.get_num_threads()))
+    else:       # the CPU makes features of small clips: 32 threads took ten times as long for it as two
+        torch.set_num_threads(min(2, torch.get_num_threads()))
     return device
 
 

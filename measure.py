@@ -12,6 +12,7 @@ own context. A line is added to --log: seconds a step by phase (the first step l
 script's last word where it ran out. Other flags go to the script.
 """
 import argparse
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ CONTEXT = 0.7  # GiB that CUDA keeps for itself
 
 
 def parse_args(argv=None):
+    """What to time, at which size; what it does not know goes to the script."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("script", choices=["grpo_asr", "grpo_tts", "diffro_tts"])
     p.add_argument("--size", choices=["embedded", "real"], default="embedded")
@@ -56,7 +58,7 @@ def build_asr(folder):
     small = hf.AutoConfig.from_pretrained("checkpoints/asr")
     config = hf.FunAsrNanoConfig(audio_token_id=small.audio_token_id)
     shell("asr", folder)
-    save(hf.FunAsrNanoForConditionalGeneration, config, folder, small)
+    save(hf.FunAsrNanoForConditionalGeneration, config, folder)
 
 
 def build_tts(folder):
@@ -70,7 +72,7 @@ def build_tts(folder):
                             num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
                             max_position_embeddings=8192, rms_norm_eps=1e-5, eos_token_id=small.eos_token_id)
     speech = [i for token, i in tokenizer.get_vocab().items() if token.startswith("<|s_")]
-    save(hf.LlamaForCausalLM, config, folder, small, speech)
+    save(hf.LlamaForCausalLM, config, folder, speech)
 
 
 def build_codec(folder):
@@ -88,7 +90,7 @@ def build_speaker(folder):
     save(hf.WavLMForXVector, hf.WavLMConfig(), folder)
 
 
-def save(model_class, config, folder, small=None, speech=()):
+def save(model_class, config, folder, speech=()):
     """Random weights in bf16; `speech` rows of the embedding are large, so that speech is what is sampled."""
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -96,7 +98,7 @@ def save(model_class, config, folder, small=None, speech=()):
     if speech:
         with torch.no_grad():
             model.get_input_embeddings().weight[speech] *= 3
-    if small is not None:
+    if (folder / "generation_config.json").exists():
         model.generation_config = hf.GenerationConfig.from_pretrained(folder)
     model.to(torch.bfloat16).save_pretrained(folder)
 
@@ -147,7 +149,7 @@ def main(argv=None):
     shutil.rmtree(out, ignore_errors=True)
     row = {"script": args.script, "size": args.size, "gib": args.gib, "flags": " ".join(args.flags)}
     try:
-        __import__(args.script).main([*map(str, flags), "--out", str(out)])
+        importlib.import_module(args.script).main([*map(str, flags), "--out", str(out)])
     except SystemExit as stop:
         if not stop.code:
             raise

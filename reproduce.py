@@ -184,12 +184,17 @@ def phase_rows(results):
 
 def phase_table(rows):
     """Figure 2 as Markdown: seconds by phase, their sum, peak GiB."""
-    phases = sorted({phase for row in rows.values() for phase in row["seconds"]}, key=list(PHASES).index)
+    phases = sorted({phase for row in rows.values() for phase in row["seconds"]}, key=PHASES.index)
     lines = [["", *phases, "s a step", "peak GiB"], ["---"] * (3 + len(phases))]
     for name, row in rows.items():
         seconds = [row["seconds"].get(phase) for phase in phases]
         lines.append([name, *("" if s is None else f"{s:.2f}" for s in seconds), f"{sum(filter(None, seconds)):.2f}",
                       f"{row['peak_gib']:.1f}"])
+    return as_table(lines)
+
+
+def as_table(lines):
+    """Lists of cells as a Markdown table; the second of them is the rule below the head."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
@@ -238,7 +243,7 @@ def markdown(rows):
     for name, row in rows.items():
         seeds = "" if name == "no RL" else str(len(row[columns[0]]))
         lines.append([name, seeds, *(mean_and_range(row[c], DIGITS.get(c, 1)) for c in columns)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return as_table(lines)
 
 
 def write_all(results):

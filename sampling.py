@@ -116,7 +116,7 @@ class GraphedStep:
 
 
 def graphable(policy):
-    """Whether a decoding step can be captured: on a GPU, and not in 4 bits, whose product looks at its operands."""
+    """Whether a decoding step is captured: on a GPU, and not in 4 bits, which was not tried."""
     return policy.device.type == "cuda" and not getattr(policy.get_base_model(), "is_loaded_in_4bit", False)
 
 

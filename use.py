@@ -55,7 +55,6 @@ if __name__ == "__main__":
     parse_args()  # --help and typing errors answer at once, before torch loads
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel, aloud
 
-import json
 import sys
 from pathlib import Path
 
@@ -75,6 +74,7 @@ from data import (
     load_adapter,
     load_folder,
     load_pretrained,
+    logged_arguments,
     pick_device,
     quiet,
     read_audio,
@@ -90,13 +90,7 @@ def saved_run(folder):
     folder = Path(folder)
     if not (folder / "log.jsonl").is_file():
         return None
-    try:
-        with open(folder / "log.jsonl", encoding="utf-8") as log:
-            saved = json.loads(log.readline())["arguments"]
-        if "steps" not in saved or "model" not in saved:
-            raise KeyError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{folder}: its log.jsonl does not begin with the arguments of a run") from None
+    saved = logged_arguments(folder)
     if not (folder / "adapter" / "adapter_model.safetensors").is_file():
         raise DataError(f"{folder}: a run without an adapter: it ended before its first evaluation, or only its log "
                         "was kept")

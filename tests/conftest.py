@@ -23,15 +23,20 @@ def load_policy(*flags):
     return args, processor, policy
 
 
-@pytest.fixture(scope="session")
-def recogniser():
-    """(args, processor, policy) with adapters moved off zero, so that policy and reference differ."""
-    args, processor, policy = load_policy()
+def move_adapters(policy, size):
+    """Takes the adapters off zero, so that policy and reference differ."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in policy.named_parameters():
             if "lora_B" in name:
-                weight.normal_(0, 0.02, generator=generator)
+                weight.normal_(0, size, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def recogniser():
+    """(args, processor, policy) with adapters moved off zero."""
+    args, processor, policy = load_policy()
+    move_adapters(policy, 0.02)
     return args, processor, policy
 
 

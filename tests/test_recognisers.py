@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, move_adapters
 from peft import LoraConfig
 from test_policy import close, logprobs, rollout_of
 from tokenizers.pre_tokenizers import ByteLevel
@@ -189,11 +189,7 @@ def policy(checkpoint):
     args = grpo_asr.parse_args(["--device", "cpu", "--model", str(checkpoint[1])])
     data.quiet()
     processor, model = grpo_asr.load(args, CPU)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(0, 0.1, generator=generator)
+    move_adapters(model, 0.1)
     return args, processor, model
 
 

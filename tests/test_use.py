@@ -174,7 +174,7 @@ def test_a_mistake_gets_one_line(asr_run, tts_run, tmp_path):
 def test_a_run_that_is_damaged_is_named(asr_run, tts_run, tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1}\n')
-    assert "does not begin with the arguments" in failure("merge", tmp_path, "--out", tmp_path / "m")
+    assert "readable log.jsonl with its arguments" in failure("merge", tmp_path, "--out", tmp_path / "m")
     log.write_text((asr_run[0] / "log.jsonl").read_text())
     assert "a run without an adapter" in failure("merge", tmp_path, "--out", tmp_path / "m")
     (tmp_path / "adapter").mkdir()
