@@ -61,7 +61,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("GRPO")
     g.add_argument("--steps", type=int, default=200)
     g.add_argument("--batch", type=int, default=4, help="B, texts a step (paper: 16)")
-    g.add_argument("--group", type=int, default=8, help="G, samples a text (paper: 8)")
+    g.add_argument("--group", type=int, default=8, help="G, samples a text; for DiffRO alone 1 will do "
+                   "(paper: 8)")
     g.add_argument("--micro", type=int, default=16, help="samples in one forward and backward; changes memory, "
                    "speed and which Gumbel draw goes where (default: 16, the best on a CPU)")
     g.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the log-probs (paper: 1)")
@@ -85,8 +86,8 @@ def parse_args(argv=None):
         except DataError as error:
             p.error(str(error))
         args = p.parse_args(argv)
-    for name, least in dict(steps=0, batch=1, group=2, micro=1, lora_rank=1, eval_every=0, eval_samples=1,
-                            eval_batch=1).items():
+    for name, least in dict(steps=0, batch=1, group=1 + (args.method != "diffro"), micro=1, lora_rank=1, eval_every=0,
+                            eval_samples=1, eval_batch=1).items():
         if getattr(args, name) < least:
             p.error(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(args, name)}")
     if args.micro % args.group and args.group % args.micro:

@@ -217,6 +217,12 @@ def test_diffro_alone_needs_no_waveform(token2text, texts, tmp_path):
     assert summary["test"]["after"]["token2text_wer"] is not None            # its own word, beside the second judge's
 
 
+def test_diffro_needs_no_group(token2text, texts, tmp_path):
+    """Its reward has a gradient of its own: no sample is compared with another, one of each text will do."""
+    rows = run(token2text, texts, tmp_path / "run", "--steps", "1", "--group", "1")
+    assert rows[0]["grad_norm_diffro"] > 0 and rows[0]["kept"] == 1
+
+
 def test_the_filter_leaves_grpo_untouched(token2text, texts, tmp_path):
     """Step 0 of three runs: the same samples, the same pull of GRPO; DiffRO on all, on A > 0, on those that ended."""
     rows = {f: run(token2text, texts, tmp_path / f, "--steps", "1", "--method", "grpo+diffro", "--filter", f)[0]
@@ -262,7 +268,7 @@ def test_a_reward_model_of_another_codec_is_refused(token2text):
 
 
 @pytest.mark.parametrize("flags", [["--filter", "positive"], ["--method", "grpo+diffro", "--teach", "reference"],
-                                   ["--tau", "0"], ["--group", "0"]])
+                                   ["--tau", "0"], ["--group", "0"], ["--method", "grpo+diffro", "--group", "1"]])
 def test_flags_that_do_not_go_together_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         diffro_tts.parse_args(flags)
