@@ -433,6 +433,9 @@ def pick_device(name):
         keep_freed_memory()
     else:       # the CPU makes features of small clips: 32 threads took ten times as long for it as two
         torch.set_num_threads(min(2, torch.get_num_threads()))
+        # cuDNN's attention, torch 2.11's first choice on an H100, gives NaN gradients where padded prompts are
+        # 64, 192, 320, ... positions long (pytorch issue 196678); the others do not
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

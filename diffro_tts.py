@@ -357,7 +357,10 @@ def train(args):
             for weight, *pulls in zip(weights, *grads.values()):
                 weight.grad = sum(pulls)
             norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
+            if norm.isfinite():
+                optimizer.step()
+            else:                                       # one NaN would end the adapter for good
+                tqdm.write(f"step {step}: the gradient is not finite, step left out")
             optimizer.zero_grad()
         # 7 log one row; now and then evaluate and save
         reading, kl = map(torch.cat, zip(*found))                                   # (N,), (N,)

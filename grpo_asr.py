@@ -375,7 +375,10 @@ def train(args):
                 (loss * len(logp) / len(rollout.ids)).backward()
                 passes.append((logp.detach(), ref_logp))
             norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
+            if norm.isfinite():
+                optimizer.step()
+            else:                                       # one NaN would end the adapter for good
+                tqdm.write(f"step {step}: the gradient is not finite, step left out")
             optimizer.zero_grad()
         # 7 log one row; now and then evaluate and save
         logp, ref_logp = map(torch.cat, zip(*passes))

@@ -243,7 +243,10 @@ def train(args):
                 (loss * len(logp) / len(rollout.ids)).backward()
                 passes.append((logp.detach() - rollout.logp[span], kl_k3(logp.detach(), ref_logp), rollout.mask[span]))
             norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
+            if norm.isfinite():
+                optimizer.step()
+            else:                                       # one NaN would end the adapter for good
+                tqdm.write(f"step {step}: the gradient is not finite, step left out")
             optimizer.zero_grad()
         # 7 log one row; now and then evaluate and save
         drift, kl = (torch.cat([pair[i][pair[2]] for pair in passes]) for i in (0, 1))     # (tokens of the step,)

@@ -10,7 +10,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 import grpo_asr
 from data import collate, load_folder, mend_attention
 from grpo_asr import completion_logprobs, decode, encode, end_tokens, grpo_loss, references
-from sampling import Rollout, completion_logits, generator_for, micro_batches, prefill, sample
+from sampling import Prompts, Rollout, completion_logits, generator_for, micro_batches, prefill, sample
 
 G = 3
 
@@ -186,6 +186,23 @@ def test_a_graphed_rollout_is_the_plain_one(clips, monkeypatch):
     monkeypatch.setattr("sampling.graphable", lambda policy: False)
     plain = draw()
     assert torch.equal(graphed.ids, plain.ids) and torch.allclose(graphed.logp, plain.logp, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("length", [64, 100, 128, 192])
+def test_gradients_are_finite_whatever_the_padded_length(length):
+    """With cuDNN's attention they are not where length % 128 = 64, on an H100 with torch 2.11."""
+    device = grpo_asr.pick_device("cuda")
+    _, policy = grpo_asr.load(grpo_asr.parse_args([]), device)
+    width = policy.get_base_model().config.get_text_config().hidden_size
+    embeds = torch.randn(2, length, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    mask = torch.ones(2, length, dtype=torch.long, device=device)
+    mask[1, :length // 2] = 0                                                       # half of it is padding
+    ids = torch.arange(40, device=device).view(4, 10)
+    logp = completion_logprobs(policy, Prompts(embeds, mask), ids, torch.ones_like(ids, dtype=torch.bool), 2, 1.0)
+    logp.sum().backward()
+    assert embeds.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in policy.parameters() if p.requires_grad)
 
 
 def test_dropping_ended_rows_changes_nothing(recogniser, clips, monkeypatch):

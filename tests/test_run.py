@@ -71,6 +71,17 @@ def test_a_run_leaves_everything_behind(unbroken, capsys):
     assert (out / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_a_gradient_that_is_not_finite_leaves_the_adapter_alone(tests_folder, tmp_path, monkeypatch, capsys):
+    sound = grpo_asr.grpo_loss
+    monkeypatch.setattr("grpo_asr.grpo_loss", lambda *given: sound(*given) * float("nan"))
+    rows = run(tests_folder, tmp_path / "run", "--steps", "2")
+    adapter = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["adapter"]
+    assert all(not w.any() for name, w in adapter.items() if "lora_B" in name)      # as it began: zero
+    assert all(w.isfinite().all() for w in adapter.values())
+    assert "step 1: the gradient is not finite, step left out" in capsys.readouterr().out
+    assert rows[3]["kl"] == 0
+
+
 def test_pitfall_23_the_log_holds_what_was_used(tests_folder, tmp_path):
     lines = run(tests_folder, tmp_path / "run", "--steps", "1", "--lr", "1e-3", "--temperature", "0.7")
     assert lines[0]["arguments"]["temperature"] == 0.7 and lines[2]["lr"] == 1e-3
