@@ -138,13 +138,16 @@ class Speaker(Frozen):
         self.extractor = load_pretrained(AutoFeatureExtractor, name, flag="--speaker")
         super().__init__(load_pretrained(AutoModelForAudioXVector, name, flag="--speaker", dtype=torch.float32), device,
                          offload)
-        self.rate = self.extractor.sampling_rate
+        self.rate, config = self.extractor.sampling_rate, self.model.config
+        self.least = 2 + sum((k - 1) * d for k, d in zip(config.tdnn_kernel, config.tdnn_dilation))  # two frames left
+        for kernel, stride in zip(config.conv_kernel[::-1], config.conv_stride[::-1]):
+            self.least = (self.least - 1) * stride + kernel                                         # samples, 0.3 s
 
     def embed(self, waves, batch=64):
         """Waveforms (samples,) -> unit vectors (N, D); those of one length together, since these models normalise over
-        time and padding would count. Zeros for less than 0.2 s, whose cosine with any voice is 0."""
+        time and padding would count. Zeros for less than `least` samples, whose cosine with any voice is 0."""
         found = torch.zeros(len(waves), self.model.config.xvector_output_dim)
-        fit = [i for i, wave in enumerate(waves) if len(wave) >= 0.2 * self.rate and np.isfinite(wave).all()]
+        fit = [i for i, wave in enumerate(waves) if len(wave) >= self.least and np.isfinite(wave).all()]
         fit.sort(key=lambda i: len(waves[i]))
         with self.at_work() as model:
             for _, alike in itertools.groupby(fit, key=lambda i: len(waves[i])):
