@@ -2,7 +2,7 @@
 
     python measure.py grpo_asr                                        the embedded models on this machine
     python measure.py grpo_asr --size real --gib 8 --quantize 8bit --group 8 --micro 8 --max-tokens 48
-    python measure.py grpo_tts --size real --gib 8 --quantize 8bit --batch 4 --group 4 --micro 4 --offload
+    python measure.py grpo_tts --size real --gib 8 --quantize 8bit --group 4 --micro 2 --offload
 
 --size real builds models of the published checkpoints' size with random weights (build/real, once, 6 GB) and runs the
 script on them: Fun-ASR-Nano (0.8B) on clips of 10 s; for speech Llasa-1B (1.4B), Xcodec2, WavLM-base and Fun-ASR-Nano

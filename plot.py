@@ -44,10 +44,12 @@ def read_run(folder):
 
 
 def label(arguments, runs):
-    """What tells this run from the others: the arguments that differ, without seed and folders."""
-    names = [k for k in arguments if k not in ("seed", "out", "resume", "device")]
-    differing = [k for k in names if len({json.dumps(a.get(k)) for a, _ in runs}) > 1]
-    return ", ".join(f"{k} {arguments.get(k)}" for k in differing) or "run"
+    """What tells this run from the others: the arguments of every script among them that differ, but for seed, folders
+    and what only changes the speed."""
+    every = [{"method": "grpo", **a} for a, _ in runs]                      # named by diffro_tts.py alone
+    told = [k for k in every[0] if k not in ("seed", "out", "resume", "device", "micro", "eval_batch")
+            and all(k in a for a in every) and len({json.dumps(a[k]) for a in every}) > 1]
+    return ", ".join(f"{k} {({'method': 'grpo'} | arguments)[k]}" for k in told) or "run"
 
 
 def smooth(values, width):
@@ -100,7 +102,7 @@ def draw(folders, out, names=None):
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
     if len(groups) > 1 or len(runs) > 1:
-        axes.flat[0].legend(fontsize=7, frameon=False)
+        axes.flat[0].legend(fontsize=7, frameon=False).set_in_layout(False)        # a long label squeezes no panel
     figure.savefig(out, dpi=130)
     plt.close(figure)
     return out

@@ -58,10 +58,11 @@ MEASURED = {  # what figure 2 times with measure.py: {where: [script and flags]}
              f"grpo_asr {HEARING} --group 8 --micro 8 --gib 8",
              f"grpo_asr {HEARING} --group 8 --micro 8 --gib 8 --quantize 8bit",
              f"grpo_asr {HEARING} --group 12 --micro 12 --gib 8 --quantize 8bit",
-             f"grpo_asr {HEARING} --group 12 --micro 24 --gib 12", f"grpo_asr {HEARING} --group 12 --micro 48 --gib 16",
-             f"grpo_tts {SPEECH} --group 4 --micro 4 --gib 8 --quantize 8bit --offload",
-             f"grpo_tts {SPEECH} --group 8 --micro 4 --gib 8 --quantize 8bit --offload",
-             f"grpo_tts {SPEECH} --group 8 --micro 8 --gib 12 --offload", f"grpo_tts {SPEECH} --group 8 --micro 16"],
+             f"grpo_asr {HEARING} --group 12 --micro 24 --gib 12", f"grpo_asr {HEARING} --group 12 --micro 36 --gib 16",
+             f"grpo_tts {SPEECH} --group 4 --micro 1 --gib 8 --quantize 8bit --offload",
+             f"grpo_tts {SPEECH} --group 4 --micro 2 --gib 8 --quantize 8bit --offload",
+             f"grpo_tts {SPEECH} --group 8 --micro 4 --gib 12 --offload",
+             f"grpo_tts {SPEECH} --group 8 --micro 8 --gib 16 --offload"],
 }
 
 

@@ -246,6 +246,15 @@ def test_pitfall_24_modules_do_nothing_at_import():
     assert done.returncode == 0 and done.stdout == "", done.stderr
 
 
+def test_curves_are_named_by_what_tells_the_runs_apart():
+    grpo = {"batch": 4, "micro": 16, "seed": 1, "lr": 1e-3}
+    diffro = {"batch": 32, "micro": 32, "seed": 2, "lr": 1e-3, "method": "diffro", "tau": 1.0}
+    runs = [(grpo, []), (diffro, [])]
+    assert [plot.label(a, runs) for a, _ in runs] == ["method grpo, batch 4", "method diffro, batch 32"]
+    assert plot.label(diffro, [(diffro, []), ({**diffro, "tau": 0.5}, [])]) == "tau 1.0"
+    assert plot.label(grpo, [(grpo, []), ({**grpo, "seed": 3}, [])]) == "run"
+
+
 def test_plot_of_one_run_and_of_several(unbroken, tmp_path, capsys):
     out, _ = unbroken
     plot.main([str(out)])
