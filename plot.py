@@ -46,10 +46,10 @@ def read_run(folder):
 def label(arguments, runs):
     """What tells this run from the others: the arguments of every script among them that differ, but for seed, folders
     and what only changes the speed."""
-    every = [{"method": "grpo", **a} for a, _ in runs]                      # named by diffro_tts.py alone
-    told = [k for k in every[0] if k not in ("seed", "out", "resume", "device", "micro", "eval_batch")
+    ours, *every = ({"method": "grpo", **a} for a in [arguments, *(a for a, _ in runs)])  # diffro_tts.py alone names it
+    told = [k for k in ours if k not in ("seed", "out", "resume", "device", "micro", "eval_batch")
             and all(k in a for a in every) and len({json.dumps(a[k]) for a in every}) > 1]
-    return ", ".join(f"{k} {({'method': 'grpo'} | arguments)[k]}" for k in told) or "run"
+    return ", ".join(f"{k} {ours[k]}" for k in told) or "run"
 
 
 def smooth(values, width):
