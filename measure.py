@@ -8,14 +8,16 @@
 script on them: Fun-ASR-Nano (0.8B) on clips of 10 s; for speech Llasa-1B (1.4B), Xcodec2, WavLM-base and Fun-ASR-Nano
 as both judges. Random weights cost what trained ones cost, except that nothing ends early: every sample has all of
 --max-tokens, or of --max-seconds. --gib caps what torch may take to that of a smaller card, less 0.7 GiB for CUDA's
-own context. A line is added to --log: seconds a step by phase (the first step left out) and peak GiB by phase, or the
-script's last word where it ran out. Other flags go to the script.
+own context. A line is added to --log: seconds a step by phase (medians of the second half of the steps: in the first a
+GPU still picks kernels and gets memory) and peak GiB by phase, or the script's last word where it ran out. Other flags
+go to the script.
 """
 import argparse
 import importlib
 import json
 import shutil
 from pathlib import Path
+from statistics import median
 
 REAL = Path("build/real")
 CONTEXT = 0.7  # GiB that CUDA keeps for itself
@@ -27,13 +29,13 @@ def parse_args(argv=None):
     p.add_argument("script", choices=["grpo_asr", "grpo_tts", "diffro_tts"])
     p.add_argument("--size", choices=["embedded", "real"], default="embedded")
     p.add_argument("--gib", type=float, help="pretend that the GPU has this much memory")
-    p.add_argument("--steps", type=int, default=4, help="one to warm up, the others timed (default: 4)")
+    p.add_argument("--steps", type=int, default=12, help="half to warm up, the others timed (default: 12)")
     p.add_argument("--log", default="results/figure2.jsonl", metavar="FILE", help="(default: %(default)s)")
     args, args.flags = p.parse_known_args(argv)
     if args.script == "diffro_tts" and args.size == "real":
         p.error("--size real has no Token2Text: none of that size is published")
     if args.steps < 2:
-        p.error("--steps must be 2 or more: the first one warms up")
+        p.error("--steps must be 2 or more: half of them warm up")
     return args
 
 
@@ -157,10 +159,10 @@ def main(argv=None):
     if (out / "log.jsonl").exists():
         header, *rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
         row |= {"device": header["device"], "dtype": header["dtype"], "commit": header["commit"]}
-        steps = [r for r in rows if "seconds" in r and "kl" in r][1:]
+        steps = [r for r in rows if "seconds" in r and "kl" in r and r["step"] >= args.steps // 2]
         if steps:
-            mean = lambda k: round(sum(r["seconds"][k] for r in steps) / len(steps), 4)  # noqa: E731
-            row["seconds"] = {k: mean(k) for k in steps[0]["seconds"]}
+            row["steps"] = args.steps
+            row["seconds"] = {k: round(median(r["seconds"][k] for r in steps), 4) for k in steps[0]["seconds"]}
             row["peak_gib"] = round(steps[-1]["peak_memory_gib"], 2)
             row["peak_by_phase_gib"] = {k: round(v, 2) for k, v in steps[-1].get("peak_by_phase_gib", {}).items()}
     print(json.dumps(row))

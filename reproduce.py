@@ -8,7 +8,8 @@
     python reproduce.py --table 1 --quick    two small steps of one seed in runs/quick, to see that everything works
 
 A row is a script and its flags; a run is a row and a seed, and leaves log.jsonl and summary.json in results/.
-A run that is there already is not repeated. --jobs runs go side by side: many small processes share a GPU well.
+A run that is there already is not repeated. --jobs runs go side by side: many small processes share a GPU well. Flags
+that are not known here go to every script behind its own: `--table 2 --batch 4` on a machine without a GPU.
 """
 import argparse
 import json
@@ -20,6 +21,9 @@ import sys
 import time
 from pathlib import Path
 
+# of the paper: B 16, G 8, 1,500 steps; B 8 for the long runs, which would take twice as long
+TABLE2 = "--batch 16 --micro 64 --eval-every 100 --eval-samples 8 --eval-batch 200"
+FIGURE3 = "--steps 1500 --batch 8 --micro 64 --eval-every 100 --eval-samples 4 --eval-batch 200"
 ROWS = {  # {table or figure: {name of the row: (script, flags)}}
     "table1": {
         "supervised": ("grpo_asr.py", "--supervised"),
@@ -33,20 +37,20 @@ ROWS = {  # {table or figure: {name of the row: (script, flags)}}
         "D0 to D3": ("grpo_asr.py", "--rewards R1,R2,R3 --data data/d0 data/d1 data/d2_short data/d2_long data/d3"),
     },
     "table2": {
-        "GRPO, R1": ("grpo_tts.py", ""),
-        "GRPO, R1,2": ("grpo_tts.py", "--rewards R1,R2"),
-        "GRPO, R1,2,3": ("grpo_tts.py", "--rewards R1,R2,R3"),
-        "DiffRO": ("diffro_tts.py", ""),
-        "GRPO + DiffRO, R1": ("diffro_tts.py", "--method grpo+diffro --filter none"),
-        "+ filter, R1": ("diffro_tts.py", "--method grpo+diffro"),
-        "+ filter, R1,2": ("diffro_tts.py", "--method grpo+diffro --rewards R1,R2"),
-        "+ filter, R1,2,3": ("diffro_tts.py", "--method grpo+diffro --rewards R1,R2,R3"),
+        "GRPO, R1": ("grpo_tts.py", TABLE2),
+        "GRPO, R1,2": ("grpo_tts.py", f"{TABLE2} --rewards R1,R2"),
+        "GRPO, R1,2,3": ("grpo_tts.py", f"{TABLE2} --rewards R1,R2,R3"),
+        "DiffRO": ("diffro_tts.py", TABLE2),
+        "GRPO + DiffRO, R1": ("diffro_tts.py", f"{TABLE2} --method grpo+diffro --filter none"),
+        "+ filter, R1": ("diffro_tts.py", f"{TABLE2} --method grpo+diffro"),
+        "+ filter, R1,2": ("diffro_tts.py", f"{TABLE2} --method grpo+diffro --rewards R1,R2"),
+        "+ filter, R1,2,3": ("diffro_tts.py", f"{TABLE2} --method grpo+diffro --rewards R1,R2,R3"),
     },
     "figure3": {
-        "GRPO": ("grpo_tts.py", "--steps 1500"),
-        "DiffRO": ("diffro_tts.py", "--steps 1500"),
-        "GRPO + DiffRO": ("diffro_tts.py", "--steps 1500 --method grpo+diffro --filter none"),
-        "GRPO + DiffRO + filter": ("diffro_tts.py", "--steps 1500 --method grpo+diffro"),
+        "GRPO": ("grpo_tts.py", FIGURE3),
+        "DiffRO": ("diffro_tts.py", FIGURE3),
+        "GRPO + DiffRO": ("diffro_tts.py", f"{FIGURE3} --method grpo+diffro --filter none"),
+        "GRPO + DiffRO + filter": ("diffro_tts.py", f"{FIGURE3} --method grpo+diffro"),
     },
 }
 
@@ -106,7 +110,7 @@ def folder_of(results, what, name, seed):
 
 
 def small_tests(folder):
-    """--test for --quick: two clips of every test set of chapter 1, three sentences of chapter 2's; {script: flags}."""
+    """More flags for --quick: two clips of every test set of chapter 1, three sentences of chapter 2's; {script: flags}."""
     for source in sorted(Path("data/test").iterdir()):
         lines = (source / "metadata.jsonl").read_text().splitlines()[:2]
         (folder / source.name / "audio").mkdir(parents=True, exist_ok=True)
@@ -115,8 +119,9 @@ def small_tests(folder):
             shutil.copy(source / json.loads(line)["file_name"], folder / source.name / "audio")
     lines = Path("data/tts/test/metadata.jsonl").read_text().splitlines()[:3]
     (folder / "texts.txt").write_text("".join(json.loads(line)["text"] + "\n" for line in lines))
-    sets, texts = [str(p) for p in sorted(folder.iterdir()) if p.is_dir()], [f"{folder}/texts.txt"]
-    return {"grpo_asr.py": ["--test", *sets], "grpo_tts.py": ["--test", *texts], "diffro_tts.py": ["--test", *texts]}
+    sets = [str(p) for p in sorted(folder.iterdir()) if p.is_dir()]
+    speech = ["--test", f"{folder}/texts.txt", "--eval-samples", "1"]
+    return {"grpo_asr.py": ["--test", *sets], "grpo_tts.py": speech, "diffro_tts.py": speech}
 
 
 def run_missing(args):
@@ -127,7 +132,7 @@ def run_missing(args):
     todo = [job for job in todo if not (job[0] / "summary.json").exists()]
     running, failed, cores = {}, [], os.cpu_count()
     environment = {"OMP_NUM_THREADS": str(max(1, cores // min(args.jobs, cores))), **os.environ}   # a set one stays
-    more = {"grpo_asr.py": [], "grpo_tts.py": ["--eval-samples", "8"], "diffro_tts.py": ["--eval-samples", "8"]}
+    more = {}
     if args.quick:
         more = {script: ["--steps", "2", "--batch", "2", "--group", "2", "--micro", "2", *tests]
                 for script, tests in small_tests(Path("runs/quick-tests")).items()}
@@ -138,8 +143,8 @@ def run_missing(args):
             work = Path("runs/reproduce", re.sub(r"\W+", "-", str(folder)).strip("-"))
             shutil.rmtree(work, ignore_errors=True)
             work.parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, script, *flags.split(), "--seed", str(seed), "--out", str(work), *more[script],
-                       *args.flags]
+            command = [sys.executable, script, *flags.split(), "--seed", str(seed), "--out", str(work),
+                       *more.get(script, []), *args.flags]
             output = open(work.parent / f"{work.name}.txt", "w")
             running[subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)] = folder, work
         for process in [p for p in running if p.poll() is not None]:

@@ -1,4 +1,5 @@
 """The experiments: what is run, and that tables are made of the logs alone."""
+import importlib
 import json
 import re
 import shutil
@@ -42,6 +43,20 @@ def test_the_tables_of_the_pages_are_those_of_the_logs():
     for name, text in tables:
         path = Path(name)
         assert text == path.read_text() == made[path.name](path.parent), name
+
+
+@pytest.mark.parametrize("what", ["table1", "table2", "figure3"])
+def test_the_logs_are_of_the_rows_that_they_stand_for(what):
+    """What the header of every log in results/ was given is what the flags of its row give today."""
+    checked = 0
+    for name, (script, flags) in reproduce.ROWS[what].items():
+        expected = vars(importlib.import_module(script.removesuffix(".py")).parse_args(flags.split()))
+        for folder in Path("results", what).glob(reproduce.folder_of("", what, name, "*").name):
+            given = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["arguments"]
+            different = {k for k in expected if json.dumps(expected[k]) != json.dumps(given[k])}
+            assert different <= {"seed", "out", "device"}, (folder, different)
+            checked += 1
+    assert checked >= 4
 
 
 def test_figure_2_has_a_row_for_what_ran_where_and_the_last_measurement_counts(tmp_path):
