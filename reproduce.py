@@ -110,7 +110,7 @@ def folder_of(results, what, name, seed):
 
 
 def small_tests(folder):
-    """More flags for --quick: two clips of every test set of chapter 1, three sentences of chapter 2's; {script: flags}."""
+    """Flags of --quick: two clips of every test set of chapter 1, three sentences of chapter 2's; {script: flags}."""
     for source in sorted(Path("data/test").iterdir()):
         lines = (source / "metadata.jsonl").read_text().splitlines()[:2]
         (folder / source.name / "audio").mkdir(parents=True, exist_ok=True)
