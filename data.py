@@ -351,6 +351,20 @@ def saved_arguments(folder):
     return {**saved, "out": str(folder), "resume": str(folder)}
 
 
+def clipped_step(optimizer, weights, step):
+    """Clips the gradient to norm 1, takes one step of the optimiser and clears the gradient; returns the norm.
+
+    A gradient that is not finite would end the adapter for good: that step is left out, and says so.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    if norm.isfinite():
+        optimizer.step()
+    else:
+        tqdm.write(f"step {step}: the gradient is not finite, step left out")
+    optimizer.zero_grad()
+    return norm
+
+
 def save_state(policy, optimizer, folder, state):
     """The latest adapter and optimizer state, for --resume; state.pt is moved into place, so never half there."""
     torch.save({**state, "adapter": get_peft_model_state_dict(policy), "optimizer": optimizer.state_dict()},

@@ -124,6 +124,7 @@ from data import (
     Phases,
     RunLog,
     batch_indices,
+    clipped_step,
     load_state,
     new_run_folder,
     pick_device,
@@ -356,12 +357,7 @@ def train(args):
             norms = {name: float(torch.nn.utils.get_total_norm(g)) for name, g in grads.items()}
             for weight, *pulls in zip(weights, *grads.values()):
                 weight.grad = sum(pulls)
-            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            if norm.isfinite():
-                optimizer.step()
-            else:                                       # one NaN would end the adapter for good
-                tqdm.write(f"step {step}: the gradient is not finite, step left out")
-            optimizer.zero_grad()
+            norm = clipped_step(optimizer, weights, step)
         # 7 log one row; now and then evaluate and save
         reading, kl = map(torch.cat, zip(*found))                                   # (N,), (N,)
         row = describe(step, args, phase, rollout, codes, loops, heard, reading, kl, keep, tau, norms, norm)

@@ -101,6 +101,7 @@ from data import (
     Phases,
     RunLog,
     batch_indices,
+    clipped_step,
     collate,
     load_adapter,
     load_recogniser,
@@ -374,12 +375,7 @@ def train(args):
                                  args.clip, args.beta)                              # Eq. 2-3
                 (loss * len(logp) / len(rollout.ids)).backward()
                 passes.append((logp.detach(), ref_logp))
-            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            if norm.isfinite():
-                optimizer.step()
-            else:                                       # one NaN would end the adapter for good
-                tqdm.write(f"step {step}: the gradient is not finite, step left out")
-            optimizer.zero_grad()
+            norm = clipped_step(optimizer, weights, step)
         # 7 log one row; now and then evaluate and save
         logp, ref_logp = map(torch.cat, zip(*passes))
         row = describe(step, args, phase, rollout, reward, scored, said, texts, logp, ref_logp, norm)

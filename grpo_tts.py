@@ -107,6 +107,7 @@ from data import (
     Phases,
     RunLog,
     batch_indices,
+    clipped_step,
     load_state,
     new_run_folder,
     pick_device,
@@ -242,12 +243,7 @@ def train(args):
                                  args.clip, args.beta)                              # Eq. 2-3
                 (loss * len(logp) / len(rollout.ids)).backward()
                 passes.append((logp.detach() - rollout.logp[span], kl_k3(logp.detach(), ref_logp), rollout.mask[span]))
-            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            if norm.isfinite():
-                optimizer.step()
-            else:                                       # one NaN would end the adapter for good
-                tqdm.write(f"step {step}: the gradient is not finite, step left out")
-            optimizer.zero_grad()
+            norm = clipped_step(optimizer, weights, step)
         # 7 log one row; now and then evaluate and save
         drift, kl = (torch.cat([pair[i][pair[2]] for pair in passes]) for i in (0, 1))     # (tokens of the step,)
         row = describe(step, args, phase, rollout, speech, reward, parts, judged, codec, drift, kl, norm)

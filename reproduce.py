@@ -42,6 +42,8 @@ ROWS = {  # {table or figure: {name of the row: (script, flags)}}
         "GRPO, R1,2,3": ("grpo_tts.py", f"{TABLE2} --rewards R1,R2,R3"),
         "DiffRO": ("diffro_tts.py", TABLE2),
         "GRPO + DiffRO, R1": ("diffro_tts.py", f"{TABLE2} --method grpo+diffro --filter none"),
+        "GRPO + DiffRO, R1,2": ("diffro_tts.py", f"{TABLE2} --method grpo+diffro --filter none --rewards R1,R2"),
+        "GRPO + DiffRO, R1,2,3": ("diffro_tts.py", f"{TABLE2} --method grpo+diffro --filter none --rewards R1,R2,R3"),
         "+ filter, R1": ("diffro_tts.py", f"{TABLE2} --method grpo+diffro"),
         "+ filter, R1,2": ("diffro_tts.py", f"{TABLE2} --method grpo+diffro --rewards R1,R2"),
         "+ filter, R1,2,3": ("diffro_tts.py", f"{TABLE2} --method grpo+diffro --rewards R1,R2,R3"),
