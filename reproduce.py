@@ -3,6 +3,7 @@
     python reproduce.py                      tables and figures from the logs in results/, no training
     python reproduce.py --table 1            ASR: rewards and data, three seeds a row
     python reproduce.py --table 2            TTS: GRPO, DiffRO and both, three seeds a row
+    python reproduce.py --table 3            TTS: the default flags, and one of them changed a row; ours, not the paper's
     python reproduce.py --figure 2           seconds a step by phase, here; on a GPU at real size too
     python reproduce.py --figure 3           four methods over 1,500 steps
     python reproduce.py --table 1 --quick    two small steps of one seed in runs/quick, to see that everything works
@@ -23,6 +24,7 @@ from pathlib import Path
 
 # of the paper: B 16, G 8, 1,500 steps; B 8 for the long runs, which would take twice as long
 TABLE2 = "--batch 16 --micro 64 --eval-every 100 --eval-samples 8 --eval-batch 200"
+TABLE3 = "--eval-every 25 --eval-samples 8 --eval-batch 200"
 FIGURE3 = "--steps 1500 --batch 8 --micro 64 --eval-every 100 --eval-samples 4 --eval-batch 200"
 ROWS = {  # {table or figure: {name of the row: (script, flags)}}
     "table1": {
@@ -47,6 +49,23 @@ ROWS = {  # {table or figure: {name of the row: (script, flags)}}
         "+ filter, R1": ("diffro_tts.py", f"{TABLE2} --method grpo+diffro"),
         "+ filter, R1,2": ("diffro_tts.py", f"{TABLE2} --method grpo+diffro --rewards R1,R2"),
         "+ filter, R1,2,3": ("diffro_tts.py", f"{TABLE2} --method grpo+diffro --rewards R1,R2,R3"),
+    },
+    "table3": {
+        "GRPO": ("grpo_tts.py", TABLE3),
+        "DiffRO": ("diffro_tts.py", TABLE3),
+        "DiffRO, B 16, G 1": ("diffro_tts.py", f"{TABLE3} --batch 16 --group 1"),
+        "DiffRO, B 32, G 1": ("diffro_tts.py", f"{TABLE3} --batch 32 --group 1 --micro 32"),
+        "DiffRO, tau 0.5": ("diffro_tts.py", f"{TABLE3} --tau 0.5"),
+        "DiffRO, tau 2": ("diffro_tts.py", f"{TABLE3} --tau 2"),
+        "DiffRO, tau 2 to 0.5": ("diffro_tts.py", f"{TABLE3} --tau 2 --tau-end 0.5"),
+        "DiffRO, hard": ("diffro_tts.py", f"{TABLE3} --hard"),
+        "DiffRO, beta 0.01": ("diffro_tts.py", f"{TABLE3} --beta 0.01"),
+        "DiffRO, lr 1e-4": ("diffro_tts.py", f"{TABLE3} --lr 1e-4"),
+        "DiffRO, lr 1e-3": ("diffro_tts.py", f"{TABLE3} --lr 1e-3"),
+        "DiffRO over recordings, B 16": ("diffro_tts.py", f"{TABLE2} --teach reference"),
+        "+ filter, lambda 0.3": ("diffro_tts.py", f"{TABLE3} --method grpo+diffro --weight 0.3"),
+        "+ filter, lambda 1": ("diffro_tts.py", f"{TABLE3} --method grpo+diffro"),
+        "+ filter, lambda 3": ("diffro_tts.py", f"{TABLE3} --method grpo+diffro --weight 3"),
     },
     "figure3": {
         "GRPO": ("grpo_tts.py", FIGURE3),
@@ -75,7 +94,7 @@ MEASURED = {  # what figure 2 times with measure.py: {where: [script and flags]}
 def parse_args(argv=None):
     """What to run and where; what it does not know goes to every script."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--table", choices=["1", "2"], help="run what is missing of this table")
+    p.add_argument("--table", choices=["1", "2", "3"], help="run what is missing of this table")
     p.add_argument("--figure", choices=["2", "3"], help="measure figure 2 here, or run what is missing of figure 3")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of it")
     p.add_argument("--seeds", type=int, nargs="+", help="(default: 1 2 3 for a table, 1 for a figure)")
@@ -103,7 +122,8 @@ TTS_COLUMNS = {"wer": ("WER, %", 100), "similarity": ("SS", 1), "length_ratio": 
 PHASES = ("encode", "rollout", "decode", "reward", "update")
 DIGITS = {"SS": 3, "length": 3, "F0 spread": 2}                  # behind the point; 1 in all other columns
 SHOWN = {"table1": ["short WER", "long WER", "long ins", "keywords F1", "noise invented"],
-         "table2": ["WER, %", "SS", "length", "F0 spread"]}      # columns that are drawn
+         "table2": ["WER, %", "SS", "length", "F0 spread"],
+         "table3": ["WER, %", "SS", "length", "F0 spread"]}      # columns that are drawn
 
 
 def folder_of(results, what, name, seed):
@@ -228,10 +248,10 @@ def asr_rows(results):
             for name, each in tests.items()}
 
 
-def tts_rows(results):
-    """Table 2 in the same form: sampled at temperature 1 after the last step; no RL, as each run saw it before its
+def tts_rows(results, what="table2"):
+    """Tables 2 and 3 in the same form: sampled at temperature 1 after the last step; no RL, as each run saw it before its
     first."""
-    runs = {name: [evaluations(f) for f in folders] for name, folders in found(results, "table2").items()}
+    runs = {name: [evaluations(f) for f in folders] for name, folders in found(results, what).items()}
     tests = {"no RL": [each[0] for rows in runs.values() for each in rows],
              **{name: [each[-1] for each in rows] for name, rows in runs.items()}}
     return {name: {title: [scale * t[key] for t in each] for key, (title, scale) in TTS_COLUMNS.items()}
@@ -259,9 +279,9 @@ def write_all(results):
     import plot  # draws, which takes a second to load
 
     written = []
-    for what, rows_of in (("table1", asr_rows), ("table2", tts_rows)):
+    for what in ("table1", "table2", "table3"):
         if found(results, what):
-            rows, path = rows_of(results), Path(results) / what
+            rows, path = asr_rows(results) if what == "table1" else tts_rows(results, what), Path(results) / what
             path.with_suffix(".md").write_text(markdown(rows))
             panels = {column: {name: row[column] for name, row in rows.items()} for column in SHOWN[what]}
             written += [path.with_suffix(".md"), plot.draw_rows(panels, path.with_suffix(".png"))]

@@ -39,13 +39,14 @@ def test_the_tables_of_the_pages_are_those_of_the_logs():
     assert {name for name, _ in tables} == {str(p) for p in Path("results").rglob("*.md")}
     made = {"table1.md": lambda r: reproduce.markdown(reproduce.asr_rows(r)),
             "table2.md": lambda r: reproduce.markdown(reproduce.tts_rows(r)),
+            "table3.md": lambda r: reproduce.markdown(reproduce.tts_rows(r, "table3")),
             "figure2.md": lambda r: reproduce.phase_table(reproduce.phase_rows(r))}
     for name, text in tables:
         path = Path(name)
         assert text == path.read_text() == made[path.name](path.parent), name
 
 
-@pytest.mark.parametrize("what", ["table1", "table2", "figure3"])
+@pytest.mark.parametrize("what", ["table1", "table2", "table3", "figure3"])
 def test_the_logs_are_of_the_rows_that_they_stand_for(what):
     """What the header of every log in results/ was given is what the flags of its row give today."""
     checked = 0
