@@ -15,6 +15,7 @@ go to the script.
 import argparse
 import importlib
 import json
+import logging
 import shutil
 from pathlib import Path
 from statistics import median
@@ -41,6 +42,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     parse_args()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel, aloud
 
 import numpy as np
 import soundfile as sf

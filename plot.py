@@ -8,8 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-PANELS = {  # key of a log line: (title, unit)
-    "eval_wer": ("held-out WER", "%"), "reward": ("reward", ""), "wer": ("WER of the samples", "%"),
+PANELS = {  # key of a log line: (title, unit); eval_ is of the test set, now and then
+    "eval_wer": ("held-out WER", "%"), "eval_token2text_wer": ("the same, by the reward model", "%"),
+    "eval_similarity": ("held-out similarity", ""), "reward": ("reward", ""), "wer": ("WER of the samples", "%"),
     "kl": ("KL to the reference", "nats a token"), "entropy": ("entropy", "nats a token"),
     "no_signal": ("groups without signal", "%"), "length_ratio": ("length ratio", ""),
     "grad_norm": ("gradient norm", ""),
@@ -38,7 +39,8 @@ def read_run(folder):
     try:
         lines = (Path(folder) / "log.jsonl").read_text().split("\n")[:-1]
         rows = [json.loads(line) for line in lines]
-        return rows[0]["arguments"], rows[1:]
+        spread = [row | {f"eval_{key}": value for key, value in row.get("eval", {}).items()} for row in rows[1:]]
+        return rows[0]["arguments"], spread
     except (OSError, json.JSONDecodeError, KeyError, IndexError):
         sys.exit(f"error: {folder}: no readable log.jsonl of a run in it")
 
@@ -68,27 +70,28 @@ def draw(folders, out, names=None):
     panels = [key for key in PANELS if any(row.get(key) is not None for _, rows in runs for row in rows)]
     if not panels:
         sys.exit(f"error: {', '.join(map(str, folders))}: no step logged yet")
-    columns = min(4, len(panels))
+    columns = min(3 if len(panels) % 3 == 0 else 4, len(panels))
     figure, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False, layout="constrained",
                                 figsize=(3.6 * columns, 2.7 * -(-len(panels) // columns)))
     for axis, key in zip(axes.flat, panels):
         title, unit = PANELS[key]
+        held_out = key.startswith("eval_")
         scale = 100 if unit == "%" else 1
         for colour, (name, members) in zip(plt.cm.tab10.colors * 9, groups.items()):
             curves = []
             for rows in members:
-                at = {row["step"] + (key == "eval_wer"): scale * row[key] for row in rows if row.get(key) is not None}
+                at = {row["step"] + held_out: scale * row[key] for row in rows if row.get(key) is not None}
                 curves.append(at)
             steps = sorted(set.intersection(*(set(c) for c in curves)))
             values = np.array([[c[s] for s in steps] for c in curves])              # (runs, steps)
             if not steps:
                 continue
-            if key != "eval_wer":
+            if not held_out:
                 axis.plot(steps, values.T, color=colour, alpha=0.15, linewidth=0.6)
                 values = np.array([smooth(v, max(1, min(10, len(v)))) for v in values])
             count = f" ({len(members)} seeds)" if len(members) > 1 else ""
             axis.plot(steps, values.mean(axis=0), color=colour, linewidth=1.6, label=name + count,
-                      marker="o" if key == "eval_wer" else None, markersize=3)
+                      marker="o" if held_out else None, markersize=3)
             if len(members) > 1:
                 axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
         axis.set_title(title, fontsize=10)
@@ -97,7 +100,7 @@ def draw(folders, out, names=None):
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3, linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
-        if key in ("eval_wer", "kl", "grad_norm", "entropy", "no_signal"):
+        if key in ("eval_wer", "eval_token2text_wer", "kl", "grad_norm", "entropy", "no_signal"):
             axis.set_ylim(bottom=0)
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
@@ -140,7 +143,7 @@ def draw_phases(rows, phases, out):
     for at, row in enumerate(rows.values()):
         axis.text(sum(row.values()), at, f" {sum(row.values()):.2f}", va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlabel("seconds a step", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False)

@@ -3,7 +3,7 @@
     python reproduce.py                      tables and figures from the logs in results/, no training
     python reproduce.py --table 1            ASR: rewards and data, three seeds a row
     python reproduce.py --table 2            TTS: GRPO, DiffRO and both, three seeds a row
-    python reproduce.py --table 3            TTS: the default flags, and one of them changed a row; ours, not the paper's
+    python reproduce.py --table 3            TTS: the defaults, then one flag changed a row; ours, not the paper's
     python reproduce.py --figure 2           seconds a step by phase, here; on a GPU at real size too
     python reproduce.py --figure 3           four methods over 1,500 steps
     python reproduce.py --table 1 --quick    two small steps of one seed in runs/quick, to see that everything works
@@ -75,19 +75,23 @@ ROWS = {  # {table or figure: {name of the row: (script, flags)}}
     },
 }
 
-SPEECH, HEARING = "--size real", "--size real --max-tokens 48"
+SPEECH, HEARING = "--size real --steps 6", "--size real --max-tokens 48"
+PAPER_B = "--batch 16 --micro 64 --eval-batch 200"
 MEASURED = {  # what figure 2 times with measure.py: {where: [script and flags]}
-    "any": ["grpo_asr --test data/test/short", "grpo_asr --test data/test/short --quantize 8bit", "grpo_tts",
-            "diffro_tts", "diffro_tts --method grpo+diffro", "diffro_tts --teach reference"],
-    "cuda": [f"grpo_asr {HEARING} --group 12 --micro 96", f"grpo_asr {HEARING} --group 12 --micro 96 --quantize 8bit",
-             f"grpo_asr {HEARING} --group 8 --micro 8 --gib 8",
+    "any": ["grpo_asr --test data/test/short", "grpo_asr --test data/test/short --quantize 8bit",
+            "grpo_asr --test data/test/short --supervised", "grpo_tts", "diffro_tts", "diffro_tts --method grpo+diffro",
+            "diffro_tts --teach reference"],
+    "cuda": [f"grpo_tts {PAPER_B}", f"diffro_tts {PAPER_B}", f"diffro_tts --method grpo+diffro {PAPER_B}",
+             f"grpo_asr {HEARING} --group 12 --micro 96", f"grpo_asr {HEARING} --group 12 --micro 96 --quantize 8bit",
+             f"grpo_asr {HEARING} --group 8 --micro 16 --gib 8 --quantize 8bit",
+             f"grpo_asr {HEARING} --group 8 --micro 16 --gib 8",
              f"grpo_asr {HEARING} --group 8 --micro 8 --gib 8 --quantize 8bit",
-             f"grpo_asr {HEARING} --group 12 --micro 12 --gib 8 --quantize 8bit",
              f"grpo_asr {HEARING} --group 12 --micro 24 --gib 12", f"grpo_asr {HEARING} --group 12 --micro 36 --gib 16",
              f"grpo_tts {SPEECH} --group 4 --micro 1 --gib 8 --quantize 8bit --offload",
              f"grpo_tts {SPEECH} --group 4 --micro 2 --gib 8 --quantize 8bit --offload",
              f"grpo_tts {SPEECH} --group 8 --micro 4 --gib 12 --offload",
-             f"grpo_tts {SPEECH} --group 8 --micro 8 --gib 16 --offload"],
+             f"grpo_tts {SPEECH} --group 8 --micro 8 --gib 16 --offload",
+             f"grpo_tts {SPEECH} --group 8 --micro 16 --gib 24 --offload"],
 }
 
 
@@ -200,13 +204,13 @@ def measure_all(args):
 def phase_rows(results):
     """Figure 2 as {what ran and where: its line of figure2.jsonl}; the last of several counts."""
     def label(row):
-        flags = re.sub(r"--(test|max-tokens) \S+ ?", "", row["flags"]).strip()
+        flags = re.sub(r"--(test|max-tokens|eval-batch) \S+ ?", "", row["flags"]).strip()
         cap = f"under {row['gib']:g} GiB" if row["gib"] else ""
         device = re.sub(r"cpu, (\d+) threads", r"\1 CPU cores", row["device"]).removeprefix("NVIDIA ").split(" 80GB")[0]
         return " ".join(filter(None, [row["script"], row["size"], flags, cap, f"on {device}"]))
 
     rows = [json.loads(line) for line in (Path(results) / "figure2.jsonl").read_text().splitlines()]
-    rows.sort(key=lambda row: (row["size"], row["script"]))
+    rows.sort(key=lambda row: (row["size"], row["script"], row["device"], row["gib"] or 0))
     return {label(row): row for row in rows if "seconds" in row}
 
 
@@ -249,8 +253,8 @@ def asr_rows(results):
 
 
 def tts_rows(results, what="table2"):
-    """Tables 2 and 3 in the same form: sampled at temperature 1 after the last step; no RL, as each run saw it before its
-    first."""
+    """Tables 2 and 3 in the same form: sampled at temperature 1 after the last step; no RL, as each run saw it before
+    its first."""
     runs = {name: [evaluations(f) for f in folders] for name, folders in found(results, what).items()}
     tests = {"no RL": [each[0] for rows in runs.values() for each in rows],
              **{name: [each[-1] for each in rows] for name, rows in runs.items()}}
