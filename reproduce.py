@@ -63,9 +63,9 @@ ROWS = {  # {table or figure: {name of the row: (script, flags)}}
         "DiffRO, lr 1e-4": ("diffro_tts.py", f"{TABLE3} --lr 1e-4"),
         "DiffRO, lr 1e-3": ("diffro_tts.py", f"{TABLE3} --lr 1e-3"),
         "DiffRO over recordings, B 16": ("diffro_tts.py", f"{TABLE2} --teach reference"),
-        "+ filter, lambda 0.3": ("diffro_tts.py", f"{TABLE3} --method grpo+diffro --weight 0.3"),
-        "+ filter, lambda 1": ("diffro_tts.py", f"{TABLE3} --method grpo+diffro"),
-        "+ filter, lambda 3": ("diffro_tts.py", f"{TABLE3} --method grpo+diffro --weight 3"),
+        "GRPO + DiffRO + filter, lambda 0.3": ("diffro_tts.py", f"{TABLE3} --method grpo+diffro --weight 0.3"),
+        "GRPO + DiffRO + filter, lambda 1": ("diffro_tts.py", f"{TABLE3} --method grpo+diffro"),
+        "GRPO + DiffRO + filter, lambda 3": ("diffro_tts.py", f"{TABLE3} --method grpo+diffro --weight 3"),
     },
     "figure3": {
         "GRPO": ("grpo_tts.py", FIGURE3),
@@ -243,10 +243,11 @@ def mean_and_range(values, digits):
 
 
 def asr_rows(results):
-    """Table 1 as {row: {column: [its value for every seed]}}: the best adapter by `short`, greedily; % throughout."""
+    """Table 1 as {row: {column: [its value for every seed]}}: the best adapter by `short`, greedily; % throughout. No
+    RL, as each run saw it: one model, but for rounding."""
     runs = {name: [json.loads((f / "summary.json").read_text())["test"] for f in folders]
             for name, folders in found(results, "table1").items()}
-    tests = {"no RL": [{s: t["before"] for s, t in next(iter(runs.values()))[0].items()}],
+    tests = {"no RL": [{s: t["before"] for s, t in test.items()} for each in runs.values() for test in each],
              **{name: [{s: t["after"] for s, t in test.items()} for test in each] for name, each in runs.items()}}
     return {name: {f"{s} {ASR_TITLES[c]}": [100 * t[s][c] for t in each] for s, c in ASR_COLUMNS}
             for name, each in tests.items()}
