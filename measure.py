@@ -5,14 +5,15 @@
     python measure.py grpo_tts --size real --gib 8 --quantize 8bit --group 4 --micro 2 --offload
 
 --size real builds models of the published checkpoints' size with random weights (build/real, once, 6 GB) and runs the
-script on them: Fun-ASR-Nano (0.8B) on clips of 10 s; for speech Llasa-1B (1.4B), Xcodec2, WavLM-base and Fun-ASR-Nano
-as both judges. Random weights cost what trained ones cost, except that nothing ends early: every sample has all of
---max-tokens, or of --max-seconds. --gib caps what torch may take to that of a smaller card, less 0.7 GiB for CUDA's
-own context. A line is added to --log: seconds a step by phase (medians of the second half of the steps: in the first a
-GPU still picks kernels and gets memory) and peak GiB by phase, or the script's last word where it ran out. Other flags
-go to the script.
+script on them: Fun-ASR-Nano (0.8B) on clips of --seconds (10); for speech Llasa-1B (1.4B), Xcodec2, WavLM-base and
+Fun-ASR-Nano as both judges. Random weights cost what trained ones cost, except that nothing ends early: every sample
+has all of --max-tokens, or of --max-seconds. --gib caps what torch may take to that of a smaller card, less 0.7 GiB
+for CUDA's own context. A line is added to --log: seconds a step by phase (medians of the second half of the steps: in
+the first a GPU still picks kernels and gets memory) and peak GiB by phase, or the script's last word where it ran out.
+Other flags go to the script.
 """
 import argparse
+import functools
 import importlib
 import json
 import logging
@@ -30,6 +31,7 @@ def parse_args(argv=None):
     p.add_argument("script", choices=["grpo_asr", "grpo_tts", "diffro_tts"])
     p.add_argument("--size", choices=["embedded", "real"], default="embedded")
     p.add_argument("--gib", type=float, help="pretend that the GPU has this much memory")
+    p.add_argument("--seconds", type=int, default=10, help="length of the clips at real size (default: 10)")
     p.add_argument("--steps", type=int, default=12, help="half to warm up, the others timed (default: 12)")
     p.add_argument("--log", default="results/figure2.jsonl", metavar="FILE", help="(default: %(default)s)")
     args, args.flags = p.parse_known_args(argv)
@@ -107,7 +109,7 @@ def save(model_class, config, folder, speech=()):
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-def build_clips(folder, count, seconds=10, rate=16_000):
+def build_clips(folder, count, seconds, rate=16_000):
     """`count` clips of `seconds`, each made of several of d0, with what is said in them."""
     (folder / "audio").mkdir(parents=True)
     clips = sorted((u for u in load_folder("data/d0") if u.text), key=lambda u: u.path)
@@ -121,9 +123,11 @@ def build_clips(folder, count, seconds=10, rate=16_000):
             table.write(json.dumps({"file_name": f"audio/{i:02}.wav", "text": " ".join(text)}) + "\n")
 
 
-def real(script):
+def real(script, seconds):
     """The flags that put a script on models of real size, which are built where they are missing."""
-    makers = {"asr": build_asr, "clips": lambda f: build_clips(f, 24), "test": lambda f: build_clips(f, 4)}
+    clips, test = f"clips{seconds}", f"test{seconds}"
+    makers = {"asr": build_asr, clips: functools.partial(build_clips, count=24, seconds=seconds),
+              test: functools.partial(build_clips, count=4, seconds=seconds)}
     if script != "grpo_asr":
         makers |= {"tts": build_tts, "codec": build_codec, "speaker": build_speaker}
     for name, make in makers.items():
@@ -133,7 +137,7 @@ def real(script):
             make(REAL / "half")
             (REAL / "half").rename(REAL / name)
     if script == "grpo_asr":
-        return ["--model", REAL / "asr", "--data", REAL / "clips", "--test", REAL / "test"]
+        return ["--model", REAL / "asr", "--data", REAL / clips, "--test", REAL / test]
     if not (REAL / "asr2").exists():
         (REAL / "asr2").symlink_to("asr")
     texts = REAL / "texts.txt"
@@ -145,13 +149,15 @@ def real(script):
 
 def main(argv=None):
     args = parse_args(argv)
-    flags = [*(real(args.script) if args.size == "real" else []), "--steps", args.steps, "--eval-every", 0, *args.flags]
+    models = real(args.script, args.seconds) if args.size == "real" else []
+    flags = [*models, "--steps", args.steps, "--eval-every", 0, *args.flags]
     if args.gib:
         total = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
         torch.cuda.set_per_process_memory_fraction(min(1.0, (args.gib - CONTEXT) / total))
     out = Path("runs/measure")
     shutil.rmtree(out, ignore_errors=True)
-    row = {"script": args.script, "size": args.size, "gib": args.gib, "flags": " ".join(args.flags)}
+    named = [*args.flags, *(["--seconds", str(args.seconds)] if args.seconds != 10 else [])]
+    row = {"script": args.script, "size": args.size, "gib": args.gib, "flags": " ".join(named)}
     try:
         importlib.import_module(args.script).main([*map(str, flags), "--out", str(out)])
     except SystemExit as stop:

@@ -44,6 +44,9 @@ def test_a_recogniser_of_real_size_is_built_once_and_timed(small, capsys):
     assert capsys.readouterr().out.count("build ") == 3
     measured(small, "grpo_asr", "--batch", "2", "--group", "2", "--micro", "4", "--max-tokens", "5")
     assert "build " not in capsys.readouterr().out
+    row = measured(small, "grpo_asr", "--batch", "2", "--group", "2", "--micro", "4", "--max-tokens", "5",
+                   "--seconds", "3")
+    assert capsys.readouterr().out.count("build ") == 2 and row["flags"].endswith("--seconds 3")
 
 
 def test_a_speaker_of_real_size_says_speech_tokens(small):
