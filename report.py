@@ -9,7 +9,7 @@ COLUMNS = {"wer": "WER", "insertions": "ins", "deletions": "del", "substitutions
 TTS_ROWS = {"wer": ("WER by the second judge, %", 100), "insertions": ("  insertions, %", 100),
             "deletions": ("  deletions, %", 100), "substitutions": ("  substitutions, %", 100),
             "token2text_wer": ("WER by the reward model, %", 100), "similarity": ("similarity to the voice", 1),
-            "length_ratio": ("length over what was due", 1), "words_per_s": ("words a second", 1),
+            "length_ratio": ("length / the recording's", 1), "words_per_s": ("words a second", 1),
             "f0_spread": ("F0 spread, semitones", 1), "truncated": ("never stopped, %", 100),
             "repetition": ("in a loop, %", 100)}
 
