@@ -37,6 +37,8 @@ def parse_args(argv=None):
     args, args.flags = p.parse_known_args(argv)
     if args.script == "diffro_tts" and args.size == "real":
         p.error("--size real has no Token2Text: none of that size is published")
+    if args.seconds != 10 and (args.script, args.size) != ("grpo_asr", "real"):
+        p.error("--seconds is the length of the clips of grpo_asr --size real; speech has --max-seconds")
     if args.steps < 2:
         p.error("--steps must be 2 or more: half of them warm up")
     return args

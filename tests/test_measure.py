@@ -67,3 +67,13 @@ def test_what_does_not_fit_is_reported_in_the_scripts_own_words(small, monkeypat
     monkeypatch.setattr(grpo_asr, "train", full)
     row = measured(small, "grpo_asr", "--micro", "8")
     assert "memory is full; lower --micro (now 8) or --group" in row["failed"] and "seconds" not in row
+
+
+@pytest.mark.parametrize("flags, message", [("diffro_tts --size real", "no Token2Text"),
+                                            ("grpo_asr --steps 1", "half of them"),
+                                            ("grpo_tts --size real --seconds 20", "--max-seconds"),
+                                            ("grpo_asr --seconds 20", "--size real")])
+def test_what_cannot_be_measured_is_said(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        measure.parse_args(flags.split())
+    assert message in capsys.readouterr().err
