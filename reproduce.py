@@ -126,8 +126,7 @@ TTS_COLUMNS = {"wer": ("WER, %", 100), "similarity": ("SS", 1), "length_ratio": 
 PHASES = ("encode", "rollout", "decode", "reward", "update")
 DIGITS = {"SS": 3, "length": 3, "F0 spread": 2}                  # behind the point; 1 in all other columns
 SHOWN = {"table1": ["short WER", "long WER", "long ins", "keywords F1", "noise invented"],
-         "table2": ["WER, %", "SS", "length", "F0 spread"],
-         "table3": ["WER, %", "SS", "length", "F0 spread"]}      # columns that are drawn
+         **dict.fromkeys(("table2", "table3"), ["WER, %", "SS", "length", "F0 spread"])}      # columns that are drawn
 
 
 def folder_of(results, what, name, seed):
@@ -242,11 +241,11 @@ def mean_and_range(values, digits):
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def asr_rows(results):
+def asr_rows(results, what="table1"):
     """Table 1 as {row: {column: [its value for every seed]}}: the best adapter by `short`, greedily; % throughout. No
     RL, as each run saw it: one model, but for rounding."""
     runs = {name: [json.loads((f / "summary.json").read_text())["test"] for f in folders]
-            for name, folders in found(results, "table1").items()}
+            for name, folders in found(results, what).items()}
     tests = {"no RL": [{s: t["before"] for s, t in test.items()} for each in runs.values() for test in each],
              **{name: [{s: t["after"] for s, t in test.items()} for test in each] for name, each in runs.items()}}
     return {name: {f"{s} {ASR_TITLES[c]}": [100 * t[s][c] for t in each] for s, c in ASR_COLUMNS}
@@ -284,9 +283,9 @@ def write_all(results):
     import plot  # draws, which takes a second to load
 
     written = []
-    for what in ("table1", "table2", "table3"):
+    for what, rows_of in (("table1", asr_rows), ("table2", tts_rows), ("table3", tts_rows)):
         if found(results, what):
-            rows, path = asr_rows(results) if what == "table1" else tts_rows(results, what), Path(results) / what
+            rows, path = rows_of(results, what), Path(results) / what
             path.with_suffix(".md").write_text(markdown(rows))
             panels = {column: {name: row[column] for name, row in rows.items()} for column in SHOWN[what]}
             written += [path.with_suffix(".md"), plot.draw_rows(panels, path.with_suffix(".png"))]

@@ -108,7 +108,8 @@ def test_a_run_that_is_there_is_not_repeated_and_one_that_fails_is_named(tmp_pat
 
 
 @pytest.mark.parametrize("what, rows", [("table1", ["supervised", "D0 to D3"]), ("figure3", ["DiffRO"]),
-                                        ("table2", ["GRPO, R1,2,3", "+ filter, R1,2"])])
+                                        ("table2", ["GRPO, R1,2,3", "+ filter, R1,2"]),
+                                        ("table3", ["DiffRO, B 32, G 1", "DiffRO over recordings, B 16"])])
 def test_rows_run(what, rows):
     """--quick, of rows of every kind: all of them take 5 minutes."""
     shutil.rmtree(f"runs/quick/{what}", ignore_errors=True)
