@@ -116,7 +116,7 @@ from data import (
     save_state,
     split_sentences,
 )
-from grpo_asr import completion_logprobs, grpo_loss, kl_k3
+from grpo_asr import completion_logprobs, grpo_loss, kl_k3, reference_logprobs
 from report import percent
 from rewards import Speech, repeats, tts_reward
 from sampling import generator_for, micro_batches, sample
@@ -230,19 +230,19 @@ def train(args):
         advantage = judged_advantages(reward, judged).to(device)                    # (B, G)  Eq. 1
         mask = rollout.mask & judged.view(-1, 1).to(device)     # a sample that the judge failed on teaches nothing
         with phase("update"):
+            # 5 log-probs, under the reference and now, of as many tokens as the part's longest sample has
+            ref_logp = reference_logprobs(policy, prompts, rollout, args)           # (N, T)
             passes = []
             for part, rows, group in micro_batches(args.batch, args.group, args.micro):
-                # 5 log-probs, now and under the reference, of as many tokens as the part's longest sample has
                 span = rows, slice(int(rollout.mask[rows].sum(dim=1).max()))
-                asked = (prompts[part], rollout.ids[span], rollout.mask[span], group, args.temperature)
-                logp = completion_logprobs(policy, *asked)                          # (M, T)
-                with torch.no_grad(), policy.disable_adapter():
-                    ref_logp = completion_logprobs(policy, *asked)
+                logp = completion_logprobs(policy, prompts[part], rollout.ids[span], rollout.mask[span], group,
+                                           args.temperature)                        # (M, T)
                 # 6 loss and step: the parts add up to the loss of the whole
-                loss = grpo_loss(logp, rollout.logp[span], ref_logp, advantage.view(-1)[rows], mask[span],
+                loss = grpo_loss(logp, rollout.logp[span], ref_logp[span], advantage.view(-1)[rows], mask[span],
                                  args.clip, args.beta)                              # Eq. 2-3
                 (loss * len(logp) / len(rollout.ids)).backward()
-                passes.append((logp.detach() - rollout.logp[span], kl_k3(logp.detach(), ref_logp), rollout.mask[span]))
+                logp = logp.detach()
+                passes.append((logp - rollout.logp[span], kl_k3(logp, ref_logp[span]), rollout.mask[span]))
             norm = clipped_step(optimizer, weights, step)
         # 7 log one row; now and then evaluate and save
         drift, kl = (torch.cat([pair[i][pair[2]] for pair in passes]) for i in (0, 1))     # (tokens of the step,)

@@ -1,4 +1,5 @@
 """The embedded recogniser through the script's own functions: what it hears, samples and learns."""
+import argparse
 import copy
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 import grpo_asr
 from data import collate, load_folder, mend_attention
-from grpo_asr import completion_logprobs, decode, encode, end_tokens, grpo_loss, references
+from grpo_asr import completion_logprobs, decode, encode, end_tokens, grpo_loss, reference_logprobs, references
 from sampling import Prompts, Rollout, completion_logits, generator_for, micro_batches, prefill, sample
 
 G = 3
@@ -120,6 +121,19 @@ def test_pitfall_5_kl_is_zero_where_nothing_was_trained(clips):
     with fresh[2].disable_adapter():
         assert torch.equal(now, logprobs(fresh, prompts, rollout))
     assert not any(m.training for m in fresh[2].modules())
+
+
+@pytest.mark.parametrize("group, micro", [(4, 1), (4, 2), (4, 16), (3, 1)])
+def test_reference_log_probs_are_those_of_the_model_without_adapters(recogniser, clips, group, micro):
+    args, policy = argparse.Namespace(group=group, micro=micro, temperature=0.7), recogniser[2]
+    prompts, rollout = rollout_of(recogniser, clips[:3], group=group)
+    found = reference_logprobs(policy, prompts, rollout, args)
+    trained = logprobs(recogniser, prompts, rollout, group=group, temperature=0.7)         # the adapters are on again
+    with policy.disable_adapter():
+        expected = logprobs(recogniser, prompts, rollout, group=group, temperature=0.7)
+    assert found.shape == rollout.ids.shape and close(found, expected, rollout.mask, 1e-4)
+    assert not close(found, trained, rollout.mask, 1e-2)
+    assert all(weight.requires_grad == ("lora" in name) for name, weight in policy.named_parameters())
 
 
 def test_pitfall_4_sampling_is_untruncated_and_ignores_the_generation_config(recogniser, clips):
