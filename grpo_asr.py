@@ -433,7 +433,7 @@ def describe(step, args, phase, rollout, reward, scored, said, texts, logp, ref_
         "tokens": float(tokens.mean()), "tokens_per_s": float(tokens.sum()) / seconds["rollout"],
         "kl": mean(kl_k3(logp, ref_logp)), "entropy": mean(rollout.entropy),
         "clipped": mean(((logp - rollout.logp).exp() - 1).abs() > args.clip), "grad_norm": float(norm), "lr": args.lr,
-        "seconds": seconds, "peak_memory_gib": phase.peak_gib(),
+        "seconds": seconds, "peak_memory_gib": phase.peak_gib(), "peak_by_phase_gib": dict(phase.peaks),
     }
 
 

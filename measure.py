@@ -129,7 +129,7 @@ def real(script, seconds):
     """The flags that put a script on models of real size, which are built where they are missing."""
     clips, test = f"clips{seconds}", f"test{seconds}"
     makers = {"asr": build_asr, clips: functools.partial(build_clips, count=24, seconds=seconds),
-              test: functools.partial(build_clips, count=4, seconds=seconds)}
+              test: functools.partial(build_clips, count=32, seconds=seconds)}
     if script != "grpo_asr":
         makers |= {"tts": build_tts, "codec": build_codec, "speaker": build_speaker}
     for name, make in makers.items():
@@ -174,7 +174,7 @@ def main(argv=None):
             row["steps"] = args.steps
             row["seconds"] = {k: round(median(r["seconds"][k] for r in steps), 4) for k in steps[0]["seconds"]}
             row["peak_gib"] = round(steps[-1]["peak_memory_gib"], 2)
-            row["peak_by_phase_gib"] = {k: round(v, 2) for k, v in steps[-1].get("peak_by_phase_gib", {}).items()}
+            row["peak_by_phase_gib"] = {k: round(v, 2) for k, v in steps[-1]["peak_by_phase_gib"].items()}
     print(json.dumps(row))
     Path(args.log).parent.mkdir(parents=True, exist_ok=True)
     with open(args.log, "a") as log:

@@ -68,13 +68,13 @@ class GraphedStep:
     the token, its position, the keys and values, and which of them may be seen.
     """
 
-    def __init__(self, policy, cache, mask, room):
-        """`cache` and `mask` (N, L) of the prompts; `room` for as many tokens."""
+    def __init__(self, policy, cache, mask, group, room):
+        """`cache` of the B prompts, copied here to the `group` rows of each; `mask` (N, L); `room` for new tokens."""
         length, dtype = mask.shape[1], cache.layers[0].keys.dtype
         config = policy.get_base_model().config.get_text_config(decoder=True)
         self.cache = StaticCache(config, max_cache_len=length + room)
         for i, layer in enumerate(cache.layers):
-            self.cache.update(layer.keys, layer.values, i)
+            self.cache.update(*(x.repeat_interleave(group, dim=0) for x in (layer.keys, layer.values)), i)
         self.token = mask.new_zeros(len(mask), 1)
         self.position, self.column = self.token.clone(), self.token.new_zeros(1)
         hide = torch.finfo(dtype).min
@@ -127,17 +127,18 @@ def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=N
     No setting of the checkpoint's generation_config takes part. `eos` is an int or a list of them. Rows that have
     ended leave the batch, but not a CUDA graph's.
     """
-    logits, cache = prefill(policy, prompts, group)                                 # (N, V)
+    graph = graphable(policy) and max_tokens > 1
+    logits, cache = prefill(policy, prompts, 1 if graph else group)                 # (N, V)
     mask = prompts.mask.repeat_interleave(group, dim=0)                             # (N, L)
+    if graph:                                 # copies the cache itself: two copies for N rows could fill the card
+        logits = logits.repeat_interleave(group, dim=0)
+        graphed, cache = GraphedStep(policy, cache, mask, group, max_tokens), None
     position = mask.sum(dim=1)
     alive = torch.arange(len(mask), device=mask.device)                             # rows computed
     going = torch.ones_like(alive, dtype=torch.bool)                                # not yet ended
     eos = torch.as_tensor(eos, device=mask.device)
     ids = eos.reshape(-1)[0].repeat(len(mask), max_tokens)
     logp, entropy = torch.zeros((2, *ids.shape), device=mask.device)
-    graphed = None
-    if graphable(policy) and max_tokens > 1:
-        graphed, cache = GraphedStep(policy, cache, mask, max_tokens), None         # it has copied the cache
     for t in range(max_tokens):
         scores = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)   # (alive, V)
         if temperature:
@@ -154,7 +155,7 @@ def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=N
         left = int(going.sum())
         if left == 0 or t == max_tokens - 1:
             break
-        if graphed:
+        if graph:
             logits = graphed(token)
             continue
         if left <= 0.8 * len(alive):          # not at every end: dropping rows copies the cache
@@ -164,7 +165,7 @@ def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=N
         seen = torch.cat([mask[alive], mask.new_ones(len(alive), t + 1)], dim=1)
         logits = policy(input_ids=token[:, None], attention_mask=seen, past_key_values=cache, use_cache=True,
                         position_ids=position[alive, None] + t).logits[:, -1]
-    if graphed:                               # the graph's memory is its own: nothing else can use what it leaves
+    if graph:                                 # the graph's memory is its own: nothing else can use what it leaves
         del graphed, logits
         torch.cuda.empty_cache()
     ids, logp, entropy = ids[:, :t + 1], logp[:, :t + 1], entropy[:, :t + 1]

@@ -52,8 +52,8 @@ def test_a_run_leaves_everything_behind(unbroken, capsys):
     assert header["versions"]["torch"] == torch.__version__.split("+")[0]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     for key in ("reward", "reward_std", "R1", "R2", "R3", "no_signal", "truncated", "tokens", "kl", "entropy",
-                "clipped", "grad_norm", "lr", "tokens_per_s", "seconds", "peak_memory_gib", "repetition",
-                "length_ratio", "empty"):
+                "clipped", "grad_norm", "lr", "tokens_per_s", "seconds", "peak_memory_gib", "peak_by_phase_gib",
+                "repetition", "length_ratio", "empty"):
         assert all(key in row for row in rows), key
     assert set(rows[1]["seconds"]) >= {"encode", "rollout", "reward", "update"}
     assert [row["step"] for row in lines[1:] if "eval_wer" in row] == [-1, 1, 3]
@@ -98,7 +98,7 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(tests_folder, unbroken, tmp_
     a, b = (torch.load(f / "state.pt", weights_only=True)["adapter"] for f in (unbroken[0], out))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    timing = ("seconds", "tokens_per_s", "peak_memory_gib")
+    timing = ("seconds", "tokens_per_s", "peak_memory_gib", "peak_by_phase_gib")
     same = lambda rows: [{k: v for k, v in r.items() if k not in timing} for r in rows[1:] if "reward" in r]  # noqa: E731
     assert same(lines) == same(unbroken[1])
     assert lines[0]["arguments"]["steps"] == 4                                 # the header says what it was given
