@@ -1,4 +1,4 @@
-"""Chapter 2: GRPO for LLM-based text-to-speech (arXiv 2509.18569).
+r"""Chapter 2: GRPO for LLM-based text-to-speech (arXiv 2509.18569).
 
 An LLM reads a text and a voice (a reference sentence and its speech tokens) and goes on in speech tokens; a codec makes
 them a waveform; a recogniser, the judge, says what it hears. The equations are those of chapter 1 and come from there:
@@ -15,7 +15,8 @@ rotation (--offload is the same idea on one card).
 
     python grpo_tts.py --steps 200                                              the embedded models, on a CPU
     python grpo_tts.py --model HKUSTAudio/Llasa-1B --codec HKUSTAudio/xcodec2-hf --judge HUB_ID --second-judge HUB_ID \
-        --speaker microsoft/wavlm-base-plus-sv --data texts.txt --voices DIR --quantize 8bit --offload --lr 1e-5
+        --speaker microsoft/wavlm-base-plus-sv --data texts.txt --voices DIR --lr 1e-5 \
+        --quantize 8bit --offload --group 4 --micro 2                           published ones, on a card of 8 GB
 
 Last line:  WER by the second judge: 21.4 % -> 10.0 % (-53 %) in 200 steps.  Everything is in runs/grpo_tts-...
 """

@@ -76,6 +76,8 @@ ROWS = {  # {table or figure: {name of the row: (script, flags)}}
 }
 
 SPEECH, HEARING = "--size real --steps 6", "--size real --max-tokens 48"
+HEARING20 = "--size real --steps 6 --seconds 20 --max-tokens 96"
+HEARING30 = "--size real --steps 6 --seconds 30 --max-tokens 144"
 PAPER_B = "--batch 16 --micro 64 --eval-batch 200"
 MEASURED = {  # what figure 2 times with measure.py: {where: [script and flags]}
     "any": ["grpo_asr --test data/test/short", "grpo_asr --test data/test/short --quantize 8bit",
@@ -87,11 +89,25 @@ MEASURED = {  # what figure 2 times with measure.py: {where: [script and flags]}
              f"grpo_asr {HEARING} --group 8 --micro 16 --gib 8",
              f"grpo_asr {HEARING} --group 8 --micro 8 --gib 8 --quantize 8bit",
              f"grpo_asr {HEARING} --group 12 --micro 24 --gib 12", f"grpo_asr {HEARING} --group 12 --micro 36 --gib 16",
+             f"grpo_asr {HEARING} --group 12 --micro 48 --gib 24",
+             f"grpo_asr {HEARING20} --group 8 --micro 8 --gib 8 --quantize 8bit",
+             f"grpo_asr {HEARING20} --group 8 --micro 4 --gib 8",
+             f"grpo_asr {HEARING20} --group 12 --micro 12 --gib 12",
+             f"grpo_asr {HEARING20} --group 12 --micro 24 --gib 16",
+             f"grpo_asr {HEARING30} --group 8 --micro 4 --gib 8 --quantize 8bit",
+             f"grpo_asr {HEARING30} --batch 4 --group 8 --micro 4 --gib 8",
+             f"grpo_asr {HEARING30} --group 12 --micro 6 --gib 12",
+             f"grpo_asr {HEARING30} --group 12 --micro 12 --gib 16",
+             f"grpo_asr {HEARING30} --group 12 --micro 12 --gib 24",
+             f"grpo_asr {HEARING30} --group 8 --micro 16 --gib 24",
              f"grpo_tts {SPEECH} --group 4 --micro 1 --gib 8 --quantize 8bit --offload",
              f"grpo_tts {SPEECH} --group 4 --micro 2 --gib 8 --quantize 8bit --offload",
              f"grpo_tts {SPEECH} --group 8 --micro 4 --gib 12 --offload",
              f"grpo_tts {SPEECH} --group 8 --micro 8 --gib 16 --offload",
-             f"grpo_tts {SPEECH} --group 8 --micro 16 --gib 24 --offload"],
+             f"grpo_tts {SPEECH} --group 8 --micro 16 --gib 24 --offload",
+             f"grpo_tts {SPEECH} --group 4 --micro 1 --max-seconds 12 --gib 8 --quantize 8bit --offload",
+             f"grpo_tts {SPEECH} --group 8 --micro 2 --max-seconds 12 --gib 12 --offload",
+             f"grpo_tts {SPEECH} --group 8 --micro 4 --max-seconds 12 --gib 16 --offload"],
 }
 
 
