@@ -75,39 +75,32 @@ ROWS = {  # {table or figure: {name of the row: (script, flags)}}
     },
 }
 
-SPEECH, HEARING = "--size real --steps 6", "--size real --max-tokens 48"
-HEARING20 = "--size real --steps 6 --seconds 20 --max-tokens 96"
-HEARING30 = "--size real --steps 6 --seconds 30 --max-tokens 144"
 PAPER_B = "--batch 16 --micro 64 --eval-batch 200"
+REAL_SIZE = {  # what fits under a cap: {script and length of clips or speech: [how]}
+    "grpo_asr --size real --max-tokens 48": [
+        "--group 12 --micro 96", "--group 12 --micro 96 --quantize 8bit",
+        "--group 8 --micro 16 --gib 8 --quantize 8bit", "--group 8 --micro 16 --gib 8",
+        "--group 8 --micro 8 --gib 8 --quantize 8bit", "--group 12 --micro 24 --gib 12",
+        "--group 12 --micro 36 --gib 16", "--group 12 --micro 48 --gib 24"],
+    "grpo_asr --size real --steps 6 --seconds 20 --max-tokens 96": [
+        "--group 8 --micro 8 --gib 8 --quantize 8bit", "--group 8 --micro 4 --gib 8", "--group 12 --micro 12 --gib 12",
+        "--group 12 --micro 24 --gib 16"],
+    "grpo_asr --size real --steps 6 --seconds 30 --max-tokens 144": [
+        "--group 8 --micro 4 --gib 8 --quantize 8bit", "--batch 4 --group 8 --micro 4 --gib 8",
+        "--group 12 --micro 6 --gib 12", "--group 12 --micro 12 --gib 16", "--group 12 --micro 12 --gib 24",
+        "--group 8 --micro 16 --gib 24"],
+    "grpo_tts --size real --steps 6 --offload": [
+        "--group 4 --micro 1 --gib 8 --quantize 8bit", "--group 4 --micro 2 --gib 8 --quantize 8bit",
+        "--group 8 --micro 4 --gib 12", "--group 8 --micro 8 --gib 16", "--group 8 --micro 16 --gib 24"],
+    "grpo_tts --size real --steps 6 --offload --max-seconds 12": [
+        "--group 4 --micro 1 --gib 8 --quantize 8bit", "--group 8 --micro 2 --gib 12", "--group 8 --micro 4 --gib 16"],
+}
 MEASURED = {  # what figure 2 times with measure.py: {where: [script and flags]}
     "any": ["grpo_asr --test data/test/short", "grpo_asr --test data/test/short --quantize 8bit",
             "grpo_asr --test data/test/short --supervised", "grpo_tts", "diffro_tts", "diffro_tts --method grpo+diffro",
             "diffro_tts --teach reference"],
     "cuda": [f"grpo_tts {PAPER_B}", f"diffro_tts {PAPER_B}", f"diffro_tts --method grpo+diffro {PAPER_B}",
-             f"grpo_asr {HEARING} --group 12 --micro 96", f"grpo_asr {HEARING} --group 12 --micro 96 --quantize 8bit",
-             f"grpo_asr {HEARING} --group 8 --micro 16 --gib 8 --quantize 8bit",
-             f"grpo_asr {HEARING} --group 8 --micro 16 --gib 8",
-             f"grpo_asr {HEARING} --group 8 --micro 8 --gib 8 --quantize 8bit",
-             f"grpo_asr {HEARING} --group 12 --micro 24 --gib 12", f"grpo_asr {HEARING} --group 12 --micro 36 --gib 16",
-             f"grpo_asr {HEARING} --group 12 --micro 48 --gib 24",
-             f"grpo_asr {HEARING20} --group 8 --micro 8 --gib 8 --quantize 8bit",
-             f"grpo_asr {HEARING20} --group 8 --micro 4 --gib 8",
-             f"grpo_asr {HEARING20} --group 12 --micro 12 --gib 12",
-             f"grpo_asr {HEARING20} --group 12 --micro 24 --gib 16",
-             f"grpo_asr {HEARING30} --group 8 --micro 4 --gib 8 --quantize 8bit",
-             f"grpo_asr {HEARING30} --batch 4 --group 8 --micro 4 --gib 8",
-             f"grpo_asr {HEARING30} --group 12 --micro 6 --gib 12",
-             f"grpo_asr {HEARING30} --group 12 --micro 12 --gib 16",
-             f"grpo_asr {HEARING30} --group 12 --micro 12 --gib 24",
-             f"grpo_asr {HEARING30} --group 8 --micro 16 --gib 24",
-             f"grpo_tts {SPEECH} --group 4 --micro 1 --gib 8 --quantize 8bit --offload",
-             f"grpo_tts {SPEECH} --group 4 --micro 2 --gib 8 --quantize 8bit --offload",
-             f"grpo_tts {SPEECH} --group 8 --micro 4 --gib 12 --offload",
-             f"grpo_tts {SPEECH} --group 8 --micro 8 --gib 16 --offload",
-             f"grpo_tts {SPEECH} --group 8 --micro 16 --gib 24 --offload",
-             f"grpo_tts {SPEECH} --group 4 --micro 1 --max-seconds 12 --gib 8 --quantize 8bit --offload",
-             f"grpo_tts {SPEECH} --group 8 --micro 2 --max-seconds 12 --gib 12 --offload",
-             f"grpo_tts {SPEECH} --group 8 --micro 4 --max-seconds 12 --gib 16 --offload"],
+             *(f"{what} {how}" for what, rows in REAL_SIZE.items() for how in rows)],
 }
 
 
