@@ -44,7 +44,7 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=int, default=200)
     g.add_argument("--batch", type=int, default=8, help="B, clips a step (paper: 32)")
     g.add_argument("--group", type=int, default=8, help="G, samples a clip (paper: 12)")
-    g.add_argument("--micro", type=int, default=64, help="samples in one forward and backward; changes memory alone")
+    g.add_argument("--micro", type=int, default=64, help="samples in one pass; changes memory and speed alone")
     g.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the log-probs (default: 1)")
     g.add_argument("--max-tokens", type=int, default=0, help="longest transcript; 0 = 16 + 8 a second of audio")
     g.add_argument("--lr", type=float, default=3e-4, help="AdamW on LoRA (default: 3e-4; paper, all weights: 1e-5)")
@@ -219,8 +219,8 @@ def completion_logprobs(policy, prompts, ids, mask, group, temperature):
 @torch.no_grad()
 def reference_logprobs(policy, prompts, rollout, args):
     """log pi_ref of a rollout, (N, T): the same weights with LoRA switched off, once a step (PEFT walks the whole model
-    to do so). Without a gradient, four times --micro samples at a time need no more memory [choice]."""
-    wide = args.group * max(1, 4 * args.micro // args.group)
+    to do so). Without a gradient up to four times --micro samples need no more memory [choice]."""
+    wide = args.group * (4 * args.micro // args.group) or args.micro                # whole groups, or --micro
     with policy.disable_adapter():
         return torch.cat([completion_logprobs(policy, prompts[part], rollout.ids[rows], rollout.mask[rows], group,
                                               args.temperature)
@@ -453,7 +453,7 @@ def finish(policy, processor, tests, main_set, state, folder, log, phase, args, 
     log.summary({
         "metric": f"{main_set} WER, greedy, best adapter", "before": was, "after": now, "best": state["best"],
         "best_step": state["best_step"], "steps": state["step"], "seconds": sum(phase.total.values()),
-        "phase_seconds": phase.total, "peak_memory_gib": phase.peak_gib(),
+        "phase_seconds": phase.total, "peak_memory_gib": phase.peak_gib(), "peak_by_phase_gib": phase.peaks,
         "test": {name: {"before": metrics[0][name], "after": metrics[1][name]} for name in tests}})
     change = f" ({100 * (now - was) / was:+.0f} %)" if was else ""
     print(f"{main_set}: WER {percent(was)} -> {percent(now)}{change} in {state['step']} steps.  "

@@ -18,7 +18,7 @@ rotation (--offload is the same idea on one card).
         --speaker microsoft/wavlm-base-plus-sv --data texts.txt --voices DIR --lr 1e-5 \
         --quantize 8bit --offload --group 4 --micro 2                           published ones, on a card of 8 GB
 
-Last line:  WER by the second judge: 21.4 % -> 10.0 % (-53 %) in 200 steps.  Everything is in runs/grpo_tts-...
+Last line:  WER by the second judge: 21.4 % -> 10.8 % (-49 %) in 200 steps.  Everything is in runs/grpo_tts-...
 """
 import argparse
 import logging
@@ -231,7 +231,7 @@ def train(args):
         advantage = judged_advantages(reward, judged).to(device)                    # (B, G)  Eq. 1
         mask = rollout.mask & judged.view(-1, 1).to(device)     # a sample that the judge failed on teaches nothing
         with phase("update"):
-            # 5 log-probs, under the reference and now, of as many tokens as the part's longest sample has
+            # 5 log-probs, under the reference and, of as many tokens as a part's longest sample has, now
             ref_logp = reference_logprobs(policy, prompts, rollout, args)           # (N, T)
             passes = []
             for part, rows, group in micro_batches(args.batch, args.group, args.micro):

@@ -49,15 +49,17 @@ def completion_mask(ids, eos_token_id):
     return end.cumsum(dim=1) - end.long() == 0
 
 
-def prefill(policy, prompts, group):
+def prefill(policy, prompts, group, copy=True):
     """Reads each prompt once, then copies its keys and values to the `group` rows that share it.
 
-    Returns the logits of the first token (N, V) and the cache. Differentiable: the update shares the prompt too.
+    Returns the logits of the first token (N, V) and the cache, of the B prompts alone without `copy`. Differentiable:
+    the update shares the prompt too.
     """
     cache = DynamicCache()
     out = policy(inputs_embeds=prompts.embeds, attention_mask=prompts.mask, past_key_values=cache, use_cache=True,
                  position_ids=(prompts.mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1)
-    cache.batch_repeat_interleave(group)
+    if copy:
+        cache.batch_repeat_interleave(group)
     return out.logits[:, -1].repeat_interleave(group, dim=0), cache
 
 
@@ -128,10 +130,9 @@ def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=N
     ended leave the batch, but not a CUDA graph's.
     """
     graph = graphable(policy) and max_tokens > 1
-    logits, cache = prefill(policy, prompts, 1 if graph else group)                 # (N, V)
+    logits, cache = prefill(policy, prompts, group, copy=not graph)                 # (N, V)
     mask = prompts.mask.repeat_interleave(group, dim=0)                             # (N, L)
     if graph:                                 # copies the cache itself: two copies for N rows could fill the card
-        logits = logits.repeat_interleave(group, dim=0)
         graphed, cache = GraphedStep(policy, cache, mask, group, max_tokens), None
     position = mask.sum(dim=1)
     alive = torch.arange(len(mask), device=mask.device)                             # rows computed

@@ -123,7 +123,7 @@ def test_pitfall_5_kl_is_zero_where_nothing_was_trained(clips):
     assert not any(m.training for m in fresh[2].modules())
 
 
-@pytest.mark.parametrize("group, micro", [(4, 1), (4, 2), (4, 16), (3, 1)])
+@pytest.mark.parametrize("group, micro", [(4, 1), (4, 2), (4, 16), (8, 1), (1, 2)])
 def test_reference_log_probs_are_those_of_the_model_without_adapters(recogniser, clips, group, micro):
     args, policy = argparse.Namespace(group=group, micro=micro, temperature=0.7), recogniser[2]
     prompts, rollout = rollout_of(recogniser, clips[:3], group=group)
