@@ -1,6 +1,6 @@
 """The frozen models behind the rewards and the evaluation of speech.
 
-    Codec      speech tokens <-> waveform                   `Xcodec2Model`
+    Codec      speech tokens <-> waveform                   `Xcodec2Model`, `NeuCodecModel`
     Judge      waveform -> text                             a recogniser
     Speaker    waveform -> whose voice                      `WavLMForXVector` or its like
     Token2Text speech tokens -> log P(text)                 the reward model of DiffRO
@@ -12,6 +12,7 @@ import itertools
 
 import numpy as np
 import torch
+from torchaudio.functional import resample
 from transformers import (
     AutoFeatureExtractor,
     AutoModel,
@@ -40,14 +41,17 @@ class Frozen:
 
 
 class Codec(Frozen):
-    """Speech tokens <-> waveform at `rate` Hz, `tokens_per_s` of them: an `Xcodec2Model`."""
+    """Speech tokens <-> waveform at `rate` Hz, `tokens_per_s` of them: an `Xcodec2Model`, or a `NeuCodecModel`, which
+    hears at 16 kHz and speaks at 24: its speech comes resampled to what the judges hear."""
 
     def __init__(self, name, device, offload=False):
         self.extractor = load_pretrained(AutoFeatureExtractor, name, flag="--codec")
         model = load_pretrained(AutoModel, name, flag="--codec", dtype=torch.float32)
         if not hasattr(model, "acoustic_decoder"):
-            raise DataError(f"--codec {name}: is a {type(model).__name__}; Xcodec2Model is what this script drives")
-        self.rate, self.hop = self.extractor.sampling_rate, model.config.hop_length
+            raise DataError(f"--codec {name}: is a {type(model).__name__}, not an Xcodec2Model or NeuCodecModel")
+        self.rate = self.extractor.sampling_rate
+        self.spoken_rate = getattr(model.config, "output_sampling_rate", self.rate)
+        self.hop = model.config.hop_length * self.rate // self.spoken_rate              # samples a token, at `rate`
         self.tokens_per_s, self.count = self.rate / self.hop, int(np.prod(model.config.quantization_levels))
         super().__init__(model, torch.device("cpu"))
         self.decoder_device, self.offload = device, offload
@@ -78,8 +82,8 @@ class Codec(Frozen):
                 longest = len(codes[order[-1]])
                 part, order = order[-max(1, most // longest):], order[:-max(1, most // longest)]
                 ids = torch.from_numpy(np.stack([np.resize(codes[i], longest) for i in part])).to(self.device)
-                audio = model.decode(ids[:, None]).audio_values[:, 0].float().cpu().numpy()
-                for i, wave in zip(part, audio):
+                audio = resample(model.decode(ids[:, None]).audio_values[:, 0].float(), self.spoken_rate, self.rate)
+                for i, wave in zip(part, audio.cpu().numpy()):
                     waves[i] = wave[:len(codes[i]) * self.hop]
         return waves
 

@@ -6,6 +6,7 @@
     evaluate, self_check                    before, during and after training; what can go wrong in silence
     speech_row, finish                      samples of the log; tables, pages and summary of a run
 """
+import functools
 import re
 from dataclasses import dataclass
 
@@ -32,9 +33,13 @@ def load(args, device):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = load_pretrained(AutoTokenizer, args.model)
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or END
-    if {START, END, "<|s_0|>"} - set(tokenizer.get_vocab()) or not tokenizer.chat_template:
-        raise DataError(f"--model {args.model}: its tokenizer has no speech tokens <|s_0|>, {START}, {END} and chat "
-                        "template; this script drives Llasa and models of its form")
+    vocabulary = tokenizer.get_vocab()
+    llasa = "<|s_0|>" in vocabulary and tokenizer.chat_template
+    if {START, END} - set(vocabulary) or not (llasa or reads_phonemes(tokenizer)):
+        raise DataError(f"--model {args.model}: its tokenizer has neither speech tokens <|s_0|> and a chat template "
+                        f"(as Llasa) nor <|speech_0|> (as NeuTTS), or not {START} and {END}")
+    if reads_phonemes(tokenizer) and args.language != "en":
+        raise DataError(f"--language {args.language}: NeuTTS is driven in English alone")
     base = load_pretrained(AutoModelForCausalLM, args.model, dtype=dtype, device_map=device,
                            quantization_config=quantize.config(args.quantize, device, dtype))
     torch.manual_seed(args.seed)
@@ -89,7 +94,7 @@ def speech_tokens(tokenizer, codec, size):
     vocabulary = tokenizer.get_vocab()
     code = torch.full((max(size, max(vocabulary.values()) + 1),), -1)
     for token, i in vocabulary.items():
-        if found := re.fullmatch(r"<\|s_(\d+)\|>", token):
+        if found := re.fullmatch(r"<\|(?:s|speech)_(\d+)\|>", token):
             code[i] = int(found[1])
     if code[code >= 0].sort().values.tolist() != list(range(codec.count)):
         raise DataError(f"--model speaks {int((code >= 0).sum())} codes, up to {int(code.max())}, and --codec knows "
@@ -111,8 +116,34 @@ def check_lengths(policy, tokenizer, sentences, voices, limit, codec):
 
 # ---- prompts and codes --------------------------------------------------------------------------------------
 
+def reads_phonemes(tokenizer):
+    """Whether this is the tokenizer of a NeuTTS, which is given phonemes, and not of a Llasa, which is given text."""
+    return tokenizer.convert_tokens_to_ids("<|speech_0|>") not in (None, tokenizer.unk_token_id)
+
+
+@functools.cache
+def espeak():
+    """phonemizer's espeak-ng for English, set as NeuTTS's own code sets it; DataError where it is not installed."""
+    try:
+        from phonemizer.backend import EspeakBackend
+        return EspeakBackend("en-us", preserve_punctuation=True, with_stress=True)
+    except (ImportError, RuntimeError):
+        raise DataError("NeuTTS reads phonemes: pip install phonemizer, and install espeak-ng") from None
+
+
+def phonemes(text):
+    """English text in IPA, with stress and punctuation."""
+    return " ".join(espeak().phonemize([text])[0].split())
+
+
 def prompt_ids(tokenizer, texts, voices):
-    """The prompts of Llasa, zero-shot: the voice's text and the new one; the voice's speech tokens, to be gone on."""
+    """The prompts of Llasa or NeuTTS, zero-shot: the voice's text and the new one; the voice's speech tokens, to be
+    gone on."""
+    if reads_phonemes(tokenizer):
+        strings = [f"user: Convert the text to speech:<|TEXT_PROMPT_START|>{phonemes(voice.text)} {phonemes(text)}"
+                   f"<|TEXT_PROMPT_END|>\nassistant:{START}" + "".join(f"<|speech_{c}|>" for c in voice.codes)
+                   for text, voice in zip(texts, voices)]
+        return tokenizer(strings, return_tensors="pt", padding=True, add_special_tokens=False)
     chats = [[{"role": "user", "content": "Convert the text to speech:<|TEXT_UNDERSTANDING_START|>"
                f"{voice.text} {text}<|TEXT_UNDERSTANDING_END|>"},
               {"role": "assistant", "content": START + "".join(f"<|s_{c}|>" for c in voice.codes)}]
