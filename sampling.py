@@ -72,44 +72,49 @@ class GraphedStep:
 
     def __init__(self, policy, cache, mask, group, room):
         """`cache` of the B prompts, copied here to the `group` rows of each; `mask` (N, L); `room` for new tokens."""
-        length, dtype = mask.shape[1], cache.layers[0].keys.dtype
+        self.policy, self.mask, length = policy, mask, mask.shape[1]
         config = policy.get_base_model().config.get_text_config(decoder=True)
         self.cache = StaticCache(config, max_cache_len=length + room)
         for i, layer in enumerate(cache.layers):
             self.cache.update(*(x.repeat_interleave(group, dim=0) for x in (layer.keys, layer.values)), i)
         self.token = mask.new_zeros(len(mask), 1)
         self.position, self.column = self.token.clone(), self.token.new_zeros(1)
-        hide = torch.finfo(dtype).min
-        self.hidden = mask.new_full((len(mask), 1, 1, length + room), hide, dtype=dtype)   # added to the scores
+        dtype = cache.layers[0].keys.dtype
+        self.hidden = mask.new_zeros((len(mask), 1, 1, length + room), dtype=dtype)        # added to the scores
+        self.capture()
+        self.rewind()
 
-        def rewind():
-            self.position.copy_(mask.sum(dim=1, keepdim=True))
-            self.column.fill_(length)
-            self.hidden.fill_(hide)
-            self.hidden[..., :length].masked_fill_(mask[:, None, None].bool(), 0)
-            for layer in self.cache.layers:
-                layer.cumulative_length.fill_(length)
+    def rewind(self):
+        """Back to where the prompts end."""
+        length = self.mask.shape[1]
+        self.position.copy_(self.mask.sum(dim=1, keepdim=True))
+        self.column.fill_(length)
+        self.hidden.fill_(torch.finfo(self.hidden.dtype).min)
+        self.hidden[..., :length].masked_fill_(self.mask[:, None, None].bool(), 0)
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(length)
 
-        def step():
-            self.hidden.index_fill_(3, self.column, 0)
-            logits = policy(input_ids=self.token, attention_mask=self.hidden, past_key_values=self.cache,
-                            use_cache=True, position_ids=self.position).logits[:, -1]
-            self.column += 1
-            self.position += 1
-            return logits
+    def step(self):
+        """What is captured: self.token (N, 1) -> logits (N, V)."""
+        self.hidden.index_fill_(3, self.column, 0)
+        logits = self.policy(input_ids=self.token, attention_mask=self.hidden, past_key_values=self.cache,
+                             use_cache=True, position_ids=self.position).logits[:, -1]
+        self.column += 1
+        self.position += 1
+        return logits
 
+    def capture(self):
         self.graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):                            # warm-up: what is set up on first use can't be captured
-                rewind()
-                step()
+                self.rewind()
+                self.step()
             torch.cuda.synchronize()
             self.graph.capture_begin()
-            self.logits = step()
+            self.logits = self.step()
             self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
-        rewind()
 
     def __call__(self, token):
         self.token.copy_(token[:, None])

@@ -190,6 +190,19 @@ def test_supervised_is_the_cross_entropy_of_the_references(recogniser, clips):
     assert torch.allclose(ours, gradient(sum(entropies) / 3), atol=1e-5) and ours.norm() > 0
 
 
+def test_what_a_gpu_captures_is_the_plain_step(recogniser, clips, monkeypatch):
+    """The step on fixed memory, run as it is in place of its graph."""
+    draw = lambda: rollout_of(recogniser, clips[:4], group=3, limit=30)[1]  # noqa: E731
+    plain = draw()
+    monkeypatch.setattr("sampling.graphable", lambda policy: True)
+    monkeypatch.setattr("sampling.GraphedStep.capture", lambda self: None)
+    monkeypatch.setattr("sampling.GraphedStep.__call__", lambda self, token: (self.token.copy_(token[:, None]),
+                                                                              self.step())[1])
+    found = draw()
+    assert torch.equal(found.mask, plain.mask) and plain.mask.sum(dim=1).unique().numel() > 1
+    assert torch.equal(found.ids[plain.mask], plain.ids[plain.mask]) and close(found.logp, plain.logp, plain.mask)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_graphed_rollout_is_the_plain_one(clips, monkeypatch):
     device = torch.device("cuda")
