@@ -36,8 +36,8 @@ def load(args, device):
     vocabulary = tokenizer.get_vocab()
     llasa = "<|s_0|>" in vocabulary and tokenizer.chat_template
     if {START, END} - set(vocabulary) or not (llasa or reads_phonemes(tokenizer)):
-        raise DataError(f"--model {args.model}: its tokenizer has no speech tokens as Llasa (<|s_0|>, a chat template) or "
-                        f"NeuTTS (<|speech_0|>), with {START} and {END}")
+        raise DataError(f"--model {args.model}: its tokenizer has no speech tokens as Llasa (<|s_0|>, a chat template) "
+                        f"or NeuTTS (<|speech_0|>), with {START} and {END}")
     if reads_phonemes(tokenizer) and args.language != "en":
         raise DataError(f"--language {args.language}: NeuTTS is driven in English alone")
     base = load_pretrained(AutoModelForCausalLM, args.model, dtype=dtype, device_map=device,
