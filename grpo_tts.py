@@ -231,7 +231,7 @@ def train(args):
         advantage = judged_advantages(reward, judged).to(device)                    # (B, G)  Eq. 1
         mask = rollout.mask & judged.view(-1, 1).to(device)     # a sample that the judge failed on teaches nothing
         with phase("update"):
-            # 5 log-probs, under the reference and, of as many tokens as a part's longest sample has, now
+            # 5 log-probs, under the reference and now; a part has as many tokens as its longest sample
             ref_logp = reference_logprobs(policy, prompts, rollout, args)           # (N, T)
             passes = []
             for part, rows, group in micro_batches(args.batch, args.group, args.micro):

@@ -104,6 +104,7 @@ class GraphedStep:
         return logits
 
     def capture(self):
+        """Records the kernels of one step as self.graph, which leaves its result in self.logits."""
         self.graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -38,8 +38,10 @@ def load(args, device):
     if {START, END} - set(vocabulary) or not (llasa or reads_phonemes(tokenizer)):
         raise DataError(f"--model {args.model}: its tokenizer has no speech tokens as Llasa (<|s_0|>, a chat template) "
                         f"or NeuTTS (<|speech_0|>), with {START} and {END}")
-    if reads_phonemes(tokenizer) and args.language != "en":
-        raise DataError(f"--language {args.language}: NeuTTS is driven in English alone")
+    if reads_phonemes(tokenizer):
+        if args.language != "en":
+            raise DataError(f"--language {args.language}: NeuTTS is driven in English alone")
+        espeak()                                                    # where it is missing, that is said at once
     base = load_pretrained(AutoModelForCausalLM, args.model, dtype=dtype, device_map=device,
                            quantization_config=quantize.config(args.quantize, device, dtype))
     torch.manual_seed(args.seed)

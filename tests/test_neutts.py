@@ -1,4 +1,5 @@
 """NeuTTS and NeuCodec, small and random, through chapter 2: other prompts and tokens, a codec that speaks at 24 kHz."""
+import argparse
 import importlib.util
 import json
 import shutil
@@ -48,12 +49,13 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def spelt(monkeypatch):
-    """Phonemes that need no espeak-ng: the text itself."""
-    monkeypatch.setattr(speech, "phonemes", lambda text: f"/{text}/")
+    """Phonemes that need no espeak-ng: the text itself between strokes."""
+    stand_in = argparse.Namespace(phonemize=lambda texts: [f"/{text}/ " for text in texts])
+    monkeypatch.setattr(speech, "espeak", lambda: stand_in)
 
 
 def test_neucodec_gives_the_judges_what_they_hear(models):
-    """Code for code at 16 kHz, where it decodes at 24; a batch is what each of its rows is alone."""
+    """320 samples a token at 16 kHz where it decodes 480 at 24; the longest of a batch is what it is alone."""
     codec = Codec(str(models[1]), CPU)
     assert (codec.rate, codec.spoken_rate, codec.hop) == (16_000, 24_000, 320)
     assert (codec.tokens_per_s, codec.count) == (50, 4096)
@@ -88,7 +90,7 @@ def test_phonemes_keep_stress_and_punctuation():
     assert speech.phonemes("Yes,  it is.") == "jˈɛs, ɪɾ ˈɪz."
 
 
-def test_two_steps_of_the_script_then_merge_and_speak(models, spelt, tmp_path, capsys):
+def test_two_steps_of_the_script_then_merge(models, spelt, tmp_path, capsys):
     texts = tmp_path / "texts.txt"
     texts.write_text("anna met peter in rome\n")
     flags = ["--device", "cpu", "--model", models[0], "--codec", models[1], "--test", texts, "--batch", "2", "--group",
@@ -110,8 +112,9 @@ def test_another_language_is_refused(models):
         speech.load(grpo_tts.parse_args(["--device", "cpu", "--model", str(models[0]), "--language", "de"]), CPU)
 
 
-def test_without_phonemizer_a_line_says_what_to_install(monkeypatch):
+def test_without_phonemizer_a_line_says_what_to_install_before_the_weights_load(models, monkeypatch):
     monkeypatch.setitem(sys.modules, "phonemizer.backend", None)
+    monkeypatch.setattr(speech, "AutoModelForCausalLM", None)
     speech.espeak.cache_clear()
     with pytest.raises(DataError, match="pip install phonemizer, and install espeak-ng"):
-        speech.phonemes("yes")
+        speech.load(grpo_tts.parse_args(["--device", "cpu", "--model", str(models[0])]), CPU)
