@@ -66,23 +66,30 @@ def normalize_text(text, language="en"):
     return " ".join("".join(kept).split())
 
 
-def edit_counts(reference, hypothesis, language="en"):
-    """(substitutions, deletions, insertions, reference length) in tokens; defined for empty text."""
-    reference, hypothesis = normalize_text(reference, language), normalize_text(hypothesis, language)
-    if not reference or not hypothesis:
-        return 0, len(reference.split()), len(hypothesis.split()), len(reference.split())
-    out = jiwer.process_words(reference, hypothesis)
-    return out.substitutions, out.deletions, out.insertions, len(reference.split())
+def edit_counts(text, hypothesis, language="en"):
+    """(substitutions, deletions, insertions, length of the text) in tokens; defined for empty text."""
+    text, hypothesis = normalize_text(text, language), normalize_text(hypothesis, language)
+    if not text or not hypothesis:
+        return 0, len(text.split()), len(hypothesis.split()), len(text.split())
+    out = jiwer.process_words(text, hypothesis)
+    return out.substitutions, out.deletions, out.insertions, len(text.split())
+
+
+def repeats_itself(text):
+    """Whether a word stands three times in a row, or a pair of words."""
+    words = text.split()
+    return any(words[i] == words[i + 1] == words[i + 2] for i in range(len(words) - 2)) or any(
+        words[i:i + 2] == words[i + 2:i + 4] for i in range(len(words) - 3))
 
 
 # ---- R1 ----------------------------------------------------------------------------------------------------
 
-def asr_accuracy(reference, hypothesis, language="en"):
+def asr_accuracy(text, hypothesis, language="en"):
     """R1 [paper]: 1 - WER, clipped to [0, 1]; CER in languages without spaces.
 
-    An empty reference (nothing was said) gives 1 for an empty hypothesis and 0 for any text [choice].
+    An empty text (nothing was said) gives 1 for an empty hypothesis and 0 for any text [choice].
     """
-    substitutions, deletions, insertions, length = edit_counts(reference, hypothesis, language)
+    substitutions, deletions, insertions, length = edit_counts(text, hypothesis, language)
     if length == 0:
         return float(insertions == 0)
     return max(0.0, 1.0 - (substitutions + deletions + insertions) / length)
@@ -110,41 +117,41 @@ class Hallucination:
         return -(self.end - self.start) / self.length if proportional else -1.0
 
 
-def hallucination(reference, hypothesis, language="en"):
+def hallucination(text, hypothesis, language="en"):
     """R2: text that was not said. The paper names the kinds, the rules and thresholds are ours [choice].
 
     The first that applies, on normalised tokens:
-    - "silence"     the reference is empty and the hypothesis is not
-    - "language"    over 30 % of the tokens are of a script that the reference does not use (translated, or another
+    - "silence"     the text is empty and the hypothesis is not
+    - "language"    over 30 % of the tokens are of a script that the text does not use (translated, or another
                     language; a language of the same script passes this rule)
-    - "repetition"  one to eight tokens said three times or more in a row, at least twice more than the reference
+    - "repetition"  one to eight tokens said three times or more in a row, at least twice more than the text
                     says them, and the alignment finds those two inserted (a misspelt genuine repetition has none);
-                    or two to four letters six times in a row inside a word, twice more than in the reference
+                    or two to four letters six times in a row inside a word, twice more than in the text
     - "beyond"      four tokens or more in a row (eight characters) for which the alignment finds nothing said
     """
-    reference, hypothesis = normalize_text(reference, language), normalize_text(hypothesis, language)
-    said, heard = reference.split(), hypothesis.split()
+    text, hypothesis = normalize_text(text, language), normalize_text(hypothesis, language)
+    said, heard = text.split(), hypothesis.split()
     if not heard:
         return Hallucination()
     if not said:
         return Hallucination("silence", 0, len(heard), len(heard))
-    known = scripts(reference)
+    known = scripts(text)
     foreign = [bool(known and scripts(token) - known) for token in heard]
     if sum(foreign) > 0.3 * len(heard):
         return Hallucination("language", foreign.index(True), len(heard) - foreign[::-1].index(True), len(heard))
-    chunks = [c for c in jiwer.process_words(reference, hypothesis).alignments[0] if c.type == "insert"]
+    chunks = [c for c in jiwer.process_words(text, hypothesis).alignments[0] if c.type == "insert"]
     inserted = {i for c in chunks for i in range(c.hyp_start_idx, c.hyp_end_idx)}
     for found in re.finditer(r"(?<!\S)(\S+(?: \S+){0,7}?)(?: \1(?!\S))+", hypothesis):
         unit, times = found[1], (len(found[0]) + 1) // (len(found[1]) + 1)
-        if times >= 3 and times >= longest_run(unit, reference) + 2:
+        if times >= 3 and times >= longest_run(unit, text) + 2:
             start, width = len(hypothesis[:found.start()].split()), len(unit.split())
-            surplus = times - max(1, longest_run(unit, reference))
+            surplus = times - max(1, longest_run(unit, text))
             end = start + times * width
             if len(inserted & set(range(start, end))) >= 2 * width:
                 return Hallucination("repetition", end - surplus * width, end, len(heard))
     for i, token in enumerate(heard):
         stutter = re.search(r"(\D{2,4}?)\1{5,}", token)
-        if stutter and stutter[0][:-2 * len(stutter[1])] + stutter[1] not in reference:
+        if stutter and stutter[0][:-2 * len(stutter[1])] + stutter[1] not in text:
             return Hallucination("repetition", i, i + 1, len(heard))
     limit = 8 if by_character(language) else 4
     for chunk in chunks:
@@ -168,27 +175,27 @@ def scripts(text):
 
 # ---- R3 ----------------------------------------------------------------------------------------------------
 
-def keyword_counts(reference, hypothesis, keywords, language="en"):
-    """(hits, claimed, expected): keywords found in both, in the hypothesis, in the reference; with multiplicity."""
+def keyword_counts(text, hypothesis, keywords, language="en"):
+    """(hits, claimed, expected): keywords found in both, in the hypothesis, in the text; with multiplicity."""
     keywords = {normalize_text(k, language) for k in keywords} - {""}
     widths = {len(k.split()) for k in keywords}
 
-    def count(text):
-        tokens = normalize_text(text, language).split()
+    def count(words):
+        tokens = normalize_text(words, language).split()
         grams = (" ".join(tokens[i:i + n]) for n in widths for i in range(len(tokens) - n + 1))
         return Counter(g for g in grams if g in keywords)
 
-    expected, claimed = count(reference), count(hypothesis)
+    expected, claimed = count(text), count(hypothesis)
     return (expected & claimed).total(), claimed.total(), expected.total()
 
 
-def keyword_score(reference, hypothesis, keywords, language="en"):
+def keyword_score(text, hypothesis, keywords, language="en"):
     """R3 [paper]: mean of keyword precision and recall, in [0, 1].
 
     `keywords` is the list to watch for: the utterance's own, or a whole domain's (then a name put in the place of
     another costs precision). 1 when neither text holds one, 0 when only one of them does [choice].
     """
-    hits, claimed, expected = keyword_counts(reference, hypothesis, keywords, language)
+    hits, claimed, expected = keyword_counts(text, hypothesis, keywords, language)
     if not claimed or not expected:
         return float(claimed == expected)
     return (hits / claimed + hits / expected) / 2
@@ -206,7 +213,7 @@ class AsrReward:
     total: float
 
 
-def asr_reward(reference, hypothesis, keywords=(), language="en", rewards=("R1",), proportional=False):
+def asr_reward(text, hypothesis, keywords=(), language="en", rewards=("R1",), proportional=False):
     """The reward of one transcript: the plain sum of the parts named in `rewards` (of "R1", "R2", "R3").
 
     A transcript in the wrong language gets -1 in all when R2 counts [FA]. Raises ValueError for an unknown part.
@@ -214,33 +221,33 @@ def asr_reward(reference, hypothesis, keywords=(), language="en", rewards=("R1",
     unknown = set(rewards) - {"R1", "R2", "R3"}
     if unknown or not rewards:
         raise ValueError(f"rewards must be some of R1, R2, R3, not {sorted(rewards)}")
-    accuracy = asr_accuracy(reference, hypothesis, language)
-    invented = hallucination(reference, hypothesis, language)
-    score = keyword_score(reference, hypothesis, keywords, language)
+    accuracy = asr_accuracy(text, hypothesis, language)
+    invented = hallucination(text, hypothesis, language)
+    score = keyword_score(text, hypothesis, keywords, language)
     total = accuracy * ("R1" in rewards) + invented.reward(proportional) * ("R2" in rewards) + score * ("R3" in rewards)
     if "R2" in rewards and invented.kind == "language":
         total = -1.0
     return AsrReward(accuracy, invented, score, total)
 
 
-def asr_metrics(references, hypotheses, keywords=(), language="en"):
+def asr_metrics(texts, hypotheses, keywords=(), language="en"):
     """Corpus-level figures of one test set, as a dict of floats.
 
-    `wer`, `insertions`, `deletions`, `substitutions`: per reference token (None when nothing was said at all);
+    `wer`, `insertions`, `deletions`, `substitutions`: per token said (None when nothing was said at all);
     `keyword_f1`: over all keywords of the set (None without any); `hallucination_rate`: share of utterances with
-    one; `length_ratio`: tokens of the hypotheses over tokens of the references (None likewise).
+    one; `length_ratio`: tokens of the hypotheses over tokens of the texts (None likewise).
     """
-    counts = [edit_counts(r, h, language) for r, h in zip(references, hypotheses, strict=True)]
+    counts = [edit_counts(r, h, language) for r, h in zip(texts, hypotheses, strict=True)]
     sub, dele, ins, length = (sum(column) for column in zip(*counts))
-    spoken = [keyword_counts(r, h, keywords, language) for r, h in zip(references, hypotheses)]
+    spoken = [keyword_counts(r, h, keywords, language) for r, h in zip(texts, hypotheses)]
     hits, claimed, expected = (sum(column) for column in zip(*spoken))
-    invented = [hallucination(r, h, language).found for r, h in zip(references, hypotheses)]
+    invented = [hallucination(r, h, language).found for r, h in zip(texts, hypotheses)]
     per_token = lambda n: n / length if length else None  # noqa: E731
     return {
         "wer": per_token(sub + dele + ins), "insertions": per_token(ins), "deletions": per_token(dele),
         "substitutions": per_token(sub), "keyword_f1": 2 * hits / (claimed + expected) if expected else None,
         "hallucination_rate": sum(invented) / len(invented), "length_ratio": per_token(length - dele + ins),
-        "utterances": len(references),
+        "utterances": len(texts),
     }
 
 
@@ -306,12 +313,12 @@ class Speech:
     text: str                # what was to be said
     codes: np.ndarray        # (T,) speech tokens, the stop token not among them
     wave: np.ndarray         # (samples,) float32
-    transcript: str | None   # what the judge heard; None where it failed
+    heard: str | None        # what the judge heard; None where it failed
     truncated: bool = False  # no stop token came
 
     def accuracy(self, language="en"):
         """R1; silence and an empty transcript get the worst, 0, and NaN says that the judge failed."""
-        return float("nan") if self.transcript is None else asr_accuracy(self.text, self.transcript, language)
+        return float("nan") if self.heard is None else asr_accuracy(self.text, self.heard, language)
 
 
 def tts_reward(speech, group, rewards=("R1",), language="en", rate=16_000, device="cpu"):
@@ -350,16 +357,16 @@ def repeats(codes, least):
 def tts_metrics(speech, similarity, due, tokens_per_s, rate, language="en", device="cpu"):
     """Figures of one test set of N samples, as a dict of floats.
 
-    `wer` and its kinds by the judge that made the transcripts; `similarity` (N,) cosines to the reference voice;
-    `due` (N,) tokens that each sentence took its reference recording; `f0_spread` in semitones; `words_per_s` of
+    `wer` and its kinds by the judge that made the transcripts; `similarity` (N,) cosines to the voice asked for;
+    `due` (N,) tokens that each sentence took in its recording; `f0_spread` in semitones; `words_per_s` of
     the text over the sound's length; shares of samples `truncated` and in a loop (`repetition`). Raises ValueError
     where the judge failed on all of them.
     """
-    heard = [s for s in speech if s.transcript is not None]
+    heard = [s for s in speech if s.heard is not None]
     if not heard:
         raise ValueError("the judge failed on every sample")
     spoken = np.array([len(s.codes) for s in speech])
-    metrics = asr_metrics([s.text for s in heard], [s.transcript for s in heard], (), language)
+    metrics = asr_metrics([s.text for s in heard], [s.heard for s in heard], (), language)
     words = sum(len(normalize_text(s.text, language).split()) for s in speech)
     return {
         **{name: metrics[name] for name in ("wer", "insertions", "deletions", "substitutions")},

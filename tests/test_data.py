@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from data import DataError, RunLog, batch_indices, load_folder, load_pretrained, pick_device, read_audio
+from data import DataError, batch_indices, load_folder, read_audio
+from engine.models import load_pretrained
+from engine.run import RunLog, pick_device
 
 RATE = 16_000
 

@@ -1,34 +1,30 @@
-"""Chapter 3: the equations of DiffRO against independent references; the script with a random reward model."""
+"""Chapter 3: the equations of DiffRO against independent code and finite differences; the script."""
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration
+from conftest import CPU
+from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 import diffro_tts
-from data import DataError, load_sentences
-from diffro_tts import categorical_kl, diffro_loss, recorded, soft_tokens, text_logprob
-from judges import Token2Text
-from pretrain_tts import build_tokenizer
+from data import DataError, Sentence, load_sentences
+from diffro_tts import categorical_kl, diffro_loss, recordings_as_rollout, soft_tokens, text_logprob
+from engine.judges import Token2Text
+from pretrain.tts import build_tokenizer
 
-CPU, CODES = torch.device("cpu"), 12
-
-
-def random_reader(codes, vocab_size, first, **sizes):
-    torch.manual_seed(0)
-    sizes = {**dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
-                    encoder_attention_heads=2, decoder_attention_heads=2), **sizes}
-    config = BartConfig(vocab_size=vocab_size, max_position_embeddings=512, dropout=0.0, pad_token_id=vocab_size - 1,
-                        bos_token_id=None, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=None,
-                        first_speech_token=first, init_std=0.3, **sizes)
-    return BartForConditionalGeneration(config).eval().requires_grad_(False)
+CODES = 12
 
 
 @pytest.fixture(scope="module")
 def reader():
-    """A reward model in float64: 8 text tokens, then 12 codes."""
-    return random_reader(CODES, 8 + CODES + 1, 8).double()
+    """A random reward model in float64: 8 text tokens, then 12 codes."""
+    torch.manual_seed(0)
+    config = BartConfig(vocab_size=8 + CODES + 1, max_position_embeddings=512, dropout=0.0, pad_token_id=8 + CODES,
+                        bos_token_id=None, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=None,
+                        first_speech_token=8, init_std=0.3, d_model=16, encoder_layers=1, decoder_layers=1,
+                        encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2)
+    return BartForConditionalGeneration(config).eval().requires_grad_(False).double()
 
 
 def case(n=3, t=7, s=5, seed=0):
@@ -106,6 +102,7 @@ def test_eq5_what_is_masked_or_padded_changes_nothing(reader):
     soft.requires_grad_()
     text_logprob(reader, soft, mask, text, text_mask).sum().backward()
     assert (soft.grad[~mask] == 0).all() and (soft.grad[mask].abs().sum(-1) > 0).all()
+    assert all(p.grad is None for p in reader.parameters())                  # nor does the reward model learn
 
 
 def test_the_reward_gives_no_gradient_to_the_stop_token_and_the_kl_does(reader):
@@ -117,13 +114,6 @@ def test_the_reward_gives_no_gradient_to_the_stop_token_and_the_kl_does(reader):
     logits.grad = None
     categorical_kl(logits, torch.zeros_like(logits), mask).sum().backward()
     assert (logits.grad[..., -1][mask] != 0).all()
-
-
-def test_no_gradient_reaches_the_reward_model(reader):
-    logits, mask, text, text_mask = case()
-    soft = soft_tokens(logits.requires_grad_(), generator=seeded())
-    text_logprob(reader, soft, mask, text, text_mask).sum().backward()
-    assert logits.grad.abs().sum() > 0 and all(p.grad is None for p in reader.parameters())
 
 
 # ---- Eq. 6 and 7 -------------------------------------------------------------------------------------------
@@ -184,90 +174,75 @@ def test_a_toy_policy_reaches_the_optimum_in_50_steps():
 # ---- the script --------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def token2text(tmp_path_factory):
-    """A reward model for the embedded codec's 4096 codes, random and small."""
-    folder, tokenizer = tmp_path_factory.mktemp("token2text"), build_tokenizer(4096)
-    model = random_reader(4096, len(tokenizer), tokenizer.convert_tokens_to_ids("<|s_0|>"))
-    model.generation_config.update(eos_token_id=3, pad_token_id=len(tokenizer) - 1, decoder_start_token_id=3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     path = tmp_path_factory.mktemp("texts") / "test.txt"
     path.write_text("\n".join(s.text for s in load_sentences("data/tts/test")[:3]))
     return path
 
 
-def run(token2text, texts, out, *flags):
-    diffro_tts.main(["--device", "cpu", "--token2text", str(token2text), "--test", str(texts), "--out", str(out),
-                     "--batch", "2", "--group", "4", "--micro", "4", "--max-seconds", "2", "--eval-every", "0", *flags])
+def run(out, texts, *flags):
+    diffro_tts.main(["--device", "cpu", "--test", str(texts), "--out", str(out), "--batch", "2", "--group", "4",
+                     "--micro", "4", "--max-seconds", "2", "--eval-every", "0", *flags])
+    return rows_of(out)
+
+
+def rows_of(out):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if "reading" in line]
 
 
-def test_diffro_alone_needs_no_waveform(token2text, texts, tmp_path):
-    rows = run(token2text, texts, tmp_path / "run", "--steps", "3", "--tau", "1", "--tau-end", "0.4")
-    assert [r["step"] for r in rows] == [0, 1, 2] and [r["tau"] for r in rows] == pytest.approx([1, 0.8, 0.6])
-    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[2]["kl"] > 0 and rows[0]["grad_norm_diffro"] > 0
+def test_diffro_alone_needs_no_waveform_and_no_group(loaded_once, texts, tmp_path):
+    """Its reward has a gradient of its own: no sample is compared with another, one of each text will do."""
+    rows = run(tmp_path / "run", texts, "--steps", "2", "--group", "1")
+    assert [r["step"] for r in rows] == [0, 1] and rows[0]["kept"] == 1 and rows[0]["grad_norm_diffro"] > 0
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[1]["kl"] > 0
     assert "decode" not in rows[0]["seconds"] and "reward" not in rows[0]["seconds"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["test"]["after"]["token2text_wer"] is not None            # its own word, beside the second judge's
 
 
-def test_diffro_needs_no_group(token2text, texts, tmp_path):
-    """Its reward has a gradient of its own: no sample is compared with another, one of each text will do."""
-    rows = run(token2text, texts, tmp_path / "run", "--steps", "1", "--group", "1")
-    assert rows[0]["grad_norm_diffro"] > 0 and rows[0]["kept"] == 1
-
-
-def test_the_filter_leaves_grpo_untouched(token2text, texts, tmp_path):
-    """Step 0 of three runs: the same samples, the same pull of GRPO; DiffRO on all, on A > 0, on those that ended."""
-    rows = {f: run(token2text, texts, tmp_path / f, "--steps", "1", "--method", "grpo+diffro", "--filter", f)[0]
-            for f in ("none", "positive")}
-    assert rows["none"]["kept"] == 1 and 0 < rows["positive"]["kept"] < 1
-    assert rows["none"]["grad_norm_grpo"] == rows["positive"]["grad_norm_grpo"] > 0
-    assert rows["none"]["grad_norm_diffro"] != rows["positive"]["grad_norm_diffro"]
-    assert rows["none"]["reward"] == rows["positive"]["reward"]
-    sick = run(token2text, texts, tmp_path / "a", "--steps", "1", "--method", "grpo+diffro", "--filter", "abnormal")[0]
-    assert sick["kept"] <= 1 - sick["truncated"] + 1e-6
-
-
-def test_resume_equals_the_unbroken_run(token2text, texts, tmp_path):
-    run(token2text, texts, tmp_path / "whole", "--steps", "2")
-    run(token2text, texts, tmp_path / "parts", "--steps", "1", "--eval-every", "1")
+def test_resume_equals_the_unbroken_run_and_the_filter_leaves_grpo_untouched(loaded_once, texts, tmp_path):
+    both = ["--method", "grpo+diffro", "--group", "2"]
+    whole = run(tmp_path / "whole", texts, *both, "--steps", "2")
+    assert run(tmp_path / "parts", texts, *both, "--steps", "1")[0]["reward"] == whole[0]["reward"]
     diffro_tts.main(["--resume", str(tmp_path / "parts"), "--steps", "2"])
     a, b = (torch.load(tmp_path / f / "state.pt", weights_only=True)["adapter"] for f in ("whole", "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert [r["step"] for r in rows_of(tmp_path / "parts")] == [0, 1]
+    # the same samples, the same pull of GRPO; DiffRO on all of them instead of those with A > 0
+    every = run(tmp_path / "every", texts, *both, "--steps", "1", "--filter", "none")[0]
+    assert every["kept"] == 1 and 0 < whole[0]["kept"] < 1 and every["reward"] == whole[0]["reward"]
+    assert every["grad_norm_grpo"] == whole[0]["grad_norm_grpo"] > 0
+    assert every["grad_norm_diffro"] != whole[0]["grad_norm_diffro"]
 
 
-def test_teaching_by_recordings(token2text, texts, tmp_path):
-    rows = run(token2text, texts, tmp_path / "run", "--steps", "1", "--teach", "reference")
+def test_teaching_by_recordings(loaded_once, texts, tmp_path):
+    rows = run(tmp_path / "run", texts, "--steps", "1", "--group", "1", "--teach", "recording")
     assert rows[0]["truncated"] == 0 and rows[0]["grad_norm_diffro"] > 0
-    ids = recorded([(5, 6), (7,)], torch.arange(100, 110), 99).ids
-    assert ids.tolist() == [[105, 106, 99], [107, 99, 99]]
-    mask = recorded([(5, 6), (7,)], torch.arange(100, 110), 99).mask
-    assert mask.tolist() == [[True, True, True], [True, True, False]]        # the stop token is taught too
+    batch = [Sentence("a", codes=(5, 6)), Sentence("b", codes=(7,))]
+    rollout = recordings_as_rollout(batch, 2, torch.arange(100, 110), 99)
+    assert rollout.ids.tolist() == [[105, 106, 99]] * 2 + [[107, 99, 99]] * 2
+    assert rollout.mask.tolist() == [[True, True, True]] * 2 + [[True, True, False]] * 2    # the stop token is taught
+    assert not rollout.truncated.any()
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--token2text", "nowhere"], "--token2text nowhere: no such folder"),
     (["--token2text", "checkpoints/tts"], "--token2text checkpoints/tts"),
-    (["--teach", "reference", "--data", "data/test/keywords"], "--teach reference needs")])
-def test_a_users_mistake_gets_one_line(token2text, flags, message):
+    (["--teach", "recording", "--data", "data/test/keywords"], "--teach recording needs")])
+def test_a_users_mistake_gets_one_line(loaded_once, flags, message):
     with pytest.raises(SystemExit) as stopped:
-        diffro_tts.main(["--device", "cpu", "--steps", "1", "--token2text", str(token2text), *flags])
+        diffro_tts.main(["--device", "cpu", "--steps", "1", *flags])
     assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
 
 
-def test_a_reward_model_of_another_codec_is_refused(token2text):
+def test_a_reward_model_of_another_codec_is_refused_and_the_embedded_one_has_the_tokens_that_pretraining_gives_it():
     with pytest.raises(DataError, match="does not read the 65536 codes"):
-        Token2Text(str(token2text), CPU, 65536)
+        Token2Text("checkpoints/token2text", CPU, 65536)
+    assert AutoTokenizer.from_pretrained("checkpoints/token2text").get_vocab() == build_tokenizer(4096).get_vocab()
 
 
-@pytest.mark.parametrize("flags", [["--filter", "positive"], ["--method", "grpo+diffro", "--teach", "reference"],
+@pytest.mark.parametrize("flags", [["--filter", "positive"], ["--method", "grpo+diffro", "--teach", "recording"],
                                    ["--tau", "0"], ["--group", "0"], ["--method", "grpo+diffro", "--group", "1"]])
 def test_flags_that_do_not_go_together_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stopped:

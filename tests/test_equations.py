@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from grpo_asr import completion_mask, group_advantages, grpo_loss, kl_k3, token_logprobs
-from sampling import micro_batches
+from engine.sampling import completion_mask, micro_batches, token_logprobs
+from grpo_asr import group_advantages, grpo_loss, kl_k3
 
 
 def random_step(samples=6, tokens=5, vocabulary=7, seed=0, dtype=torch.float64):
@@ -77,7 +77,7 @@ def test_log_probs_in_chunks_equal_those_in_one_go(monkeypatch):
     logits, ids, *_ = random_step(samples=7)
     grads = []
     for rows in (100, 1, 3):
-        monkeypatch.setattr("grpo_asr._TokenLogprobs.rows", staticmethod(lambda logits, rows=rows: rows))
+        monkeypatch.setattr("engine.sampling._TokenLogprobs.rows", staticmethod(lambda logits, rows=rows: rows))
         x = logits.clone().requires_grad_()
         token_logprobs(x, ids).cos().sum().backward()
         grads.append(x.grad)

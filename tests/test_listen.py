@@ -6,13 +6,13 @@ import pytest
 import soundfile as sf
 from matplotlib.image import imread
 
-from listen import count_errors, marked, playable, write_page
+from engine.listen import count_errors, marked, playable, write_page
 
 RATE = 16000
 
 
 def clip(transcript, samples=RATE // 2):
-    return {"wave": np.sin(np.arange(samples) / 5).astype(np.float32), "transcript": transcript}
+    return {"wave": np.sin(np.arange(samples) / 5).astype(np.float32), "heard": transcript}
 
 
 def row(text, before, after=None, voice="anna"):

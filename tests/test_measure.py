@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-import measure
+from tools import measure
 
 
 def thin(config_class, **less):

@@ -12,10 +12,10 @@ import torch
 import transformers as hf
 
 import grpo_tts
-import speech
-import use
 from data import DataError
-from judges import Codec
+from engine import speech
+from engine.judges import Codec
+from tools import use
 
 CPU = torch.device("cpu")
 
@@ -97,7 +97,7 @@ def test_two_steps_of_the_script_then_merge(models, spelt, tmp_path, capsys):
              "2", "--micro", "2", "--max-seconds", "2", "--steps", "2", "--out", tmp_path / "run", "--lr", "1e-2"]
     grpo_tts.main([*map(str, flags), "--rewards", "R1,R3"])
     said = capsys.readouterr().out
-    assert "check: |ratio - 1|" in said and "KL 0.0e+00" in said and "in 2 steps" in said
+    assert "check: |ratio - 1|" in said and "log pi_ref| 0.0e+00" in said and "in 2 steps" in said
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "reward" in row]
     assert len(rows) == 2 and rows[0]["kl"] == 0 < rows[1]["kl"] and rows[0]["speech_s"] > 0.5

@@ -1,19 +1,13 @@
-"""Corpora in their published layouts, made small; pools chosen by hand; downloads that fail in the ways they do."""
-import errno
-import io
+"""Corpora in their published layouts, made small; pools chosen by hand."""
 import json
-import tarfile
-import urllib.error
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
-import torchaudio.datasets as corpora
 
-import judges
-import prepare
 from data import load_folder, load_sentences, read_audio
+from tools import prepare
 
 RATE = 16_000
 SAID = {"61-70968-0000": "HE BEGAN A CONFUSED COMPLAINT", "61-70968-0001": "LYNDE'S ALDERS AND LYNDE'S EARDROPS",
@@ -146,51 +140,7 @@ def test_a_data_set_is_never_written_over(libri, tmp_path):
     assert (tmp_path / "ls" / "metadata.jsonl").read_text() == before
 
 
-# ---- downloads ---------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("error, message", [
-    (urllib.error.URLError(OSError(-2, "Name or service not known")), "the download failed"),
-    (urllib.error.HTTPError("http://host", 404, "Not Found", {}, None), "the download failed (HTTP Error 404"),
-    (ConnectionResetError(errno.ECONNRESET, "reset by peer"), "the download failed"),
-    (RuntimeError('invalid hash value (expected "39fd", got "0000")'), "damaged or not the published archive"),
-    (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
-    (PermissionError(errno.EACCES, "Permission denied"), "cannot be read or written"),
-])
-@pytest.mark.parametrize("corpus", ["librispeech", "ljspeech", "libritts"])
-def test_a_download_that_fails_gets_one_line(tmp_path, monkeypatch, corpus, error, message):
-    def fail(url, path, **given):
-        assert len(given["hash_prefix"]) == 64                  # torchaudio's checksum
-        raise error
-    monkeypatch.setattr(getattr(corpora, corpus), "download_url_to_file", fail)
-    subset = [] if corpus == "ljspeech" else ["--subset", "test-clean"]
-    given = [corpus, tmp_path / "root", *subset, "--out", tmp_path / "out", "--download"]
-    assert message in failure(*given)
-    assert not (tmp_path / "out").exists() and list((tmp_path / "root").iterdir()) == []
-
-
-def test_an_archive_cut_short_leaves_no_half_corpus(libri, tmp_path, monkeypatch):
-    """torchaudio would take the folder that it leaves for the whole corpus ever after."""
-    monkeypatch.setattr(corpora.librispeech, "download_url_to_file", None)          # the archive lies there already
-    root, whole = tmp_path / "other", io.BytesIO()
-    root.mkdir()
-    with tarfile.open(fileobj=whole, mode="w:gz") as tar:
-        tar.add(libri / "LibriSpeech", "LibriSpeech")
-    given = ["librispeech", root, "--subset", "test-clean", "--out", tmp_path / "ls", "--download"]
-    (root / "test-clean.tar.gz").write_bytes(whole.getvalue()[:len(whole.getvalue()) * 2 // 3])
-    assert "incomplete or damaged" in failure(*given)
-    assert not (root / "LibriSpeech" / "test-clean").exists()
-    (root / "test-clean.tar.gz").write_bytes(whole.getvalue())
-    prepare.main([str(a) for a in given])
-    assert len(load_folder(tmp_path / "ls")) == 3
-
-
-def test_ctrl_c_in_a_download_is_no_traceback(tmp_path, monkeypatch):
-    def stop(*given, **named):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(corpora.libritts, "download_url_to_file", stop)
-    with pytest.raises(SystemExit, match="^stopped"):
-        prepare.main(["libritts", str(tmp_path), "--subset", "dev-clean", "--out", str(tmp_path / "x"), "--download"])
-
+# ---- flags and pools -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, message", [
     (["librispeech", "x", "--subset", "test-cleen", "--out", "y"], "invalid choice: 'test-cleen'"),
@@ -285,7 +235,7 @@ class Planted:
 
 @pytest.fixture
 def planted(monkeypatch):
-    monkeypatch.setattr(judges, "Judge", Planted)
+    monkeypatch.setattr(prepare, "Judge", Planted)
     monkeypatch.setattr(Planted, "asked", 0)
     return ["--model", "a", "--second-model", "b"]
 
@@ -322,8 +272,8 @@ def test_the_embedded_recognisers_choose_d1(tmp_path, capsys):
     rows = [{**row, "file_name": str(Path(f"data/{name}/{row['file_name']}").resolve())}
             for name, count in (("d1", 6), ("test/source", 6)) for row in rows_of(Path("data") / name)[:count]]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    read_audio.cache_clear()
+    kept = read_audio.cache_info().currsize
     given = ["--model", "checkpoints/asr", "--second-model", "checkpoints/asr2", "--device", "cpu"]
     prepare.main(["select", "disagreement", str(tmp_path), "--out", str(tmp_path / "out"), *given])
     assert [row["text"] for row in rows_of(tmp_path / "out")] == [row["text"] for row in rows[:6]]
-    assert read_audio.cache_info().currsize == 0                # a large corpus would fill the memory
+    assert read_audio.cache_info().currsize == kept             # a large corpus would fill the memory

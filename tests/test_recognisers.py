@@ -1,30 +1,30 @@
-"""Every class of recognisers.py, as a tiny random model in an ordinary folder, through the script's own lines.
-
-The processors are the real classes; the chat templates and the tokenizers are small ones of our own.
+"""Every class of recognisers.py through the script's own lines: Fun-ASR-Nano as the embedded recogniser, the others
+as tiny random models in ordinary folders, with the real processors but small chat templates and tokenizers of our own.
 """
 import base64
 import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, move_adapters
+from bitsandbytes.nn import Linear8bitLt
+from conftest import CPU, load_policy, move_adapters, untrained
 from peft import LoraConfig
 from test_policy import close, logprobs, rollout_of
 from tokenizers.pre_tokenizers import ByteLevel
 
-import data
 import grpo_asr
-from data import DataError, collate, load_recogniser
-from grpo_asr import completion_logprobs, decode, encode, end_tokens, grpo_loss
-from judges import Judge
-from recognisers import RECOGNISERS, embed
-from sampling import Prompts, Rollout, micro_batches, prefill
+from data import DataError
+from engine.judges import Judge
+from engine.models import load_recogniser, mend_attention
+from engine.recognisers import RECOGNISERS, collate, embed
+from engine.sampling import Prompts, Rollout, completion_logprobs, completion_mask, prefill
+from grpo_asr import decode, encode, end_tokens, grpo_loss, transcripts_as_rollout
 
 POLICIES = [kind for kind, row in RECOGNISERS.items() if row.hear]
-CPU = torch.device("cpu")
 PAD, END, START = "<|endoftext|>", "<|im_end|>", "<|im_start|>"
 CHAT = """{%- for m in messages -%}<|im_start|>{{ m.role }}\n{%- if m.content is string -%}{{ m.content }}{%- else -%}
 {%- for p in m.content -%}{%- if p.type == 'audio' -%}AUDIO{%- elif p.type == 'keywords' -%}{{ p.keywords | join(' ') }}
@@ -78,17 +78,6 @@ def whisper_tower(**more):
 
 def parts(kind, folder):
     """(processor, config) of a tiny model."""
-    if kind == "FunAsrNano":
-        tokenizer = byte_tokenizer("<|object_ref_start|>")
-        chat = CHAT.replace("AUDIO", "<|object_ref_start|>")
-        return (transformers.FunAsrNanoProcessor(transformers.FunAsrNanoFeatureExtractor(), tokenizer, chat),
-                transformers.FunAsrNanoConfig(
-                    audio_config=dict(model_type="fun_asr_nano_encoder", hidden_size=32, num_attention_heads=2,
-                                      intermediate_size=64, num_hidden_layers=2, num_timestamp_prediction_layers=0),
-                    adaptor_config=dict(hidden_size=32, num_attention_heads=2, intermediate_size=8,
-                                        num_hidden_layers=1, projector_hidden_size=64),
-                    text_config=llm("qwen3", tokenizer), audio_token_id=tokenizer.convert_tokens_to_ids(
-                        "<|object_ref_start|>")))
     if kind == "Qwen3ASR":
         tokenizer = byte_tokenizer("<|audio_pad|>", "<|audio_start|>", "<|audio_end|>", audio_token="<|audio_pad|>",
                                    audio_bos_token="<|audio_start|>", audio_eos_token="<|audio_end|>")
@@ -154,8 +143,10 @@ def randomise(model, seed=0):
 
 @pytest.fixture(scope="session", params=POLICIES)
 def checkpoint(request, tmp_path_factory):
-    """(class, folder) of a tiny random model."""
+    """(class, folder): the embedded recogniser for its class, a tiny random model for each of the others."""
     kind = request.param
+    if kind == "FunAsrNano":
+        return kind, "checkpoints/asr"
     folder = tmp_path_factory.mktemp(kind)
     processor, config = parts(kind, folder)
     with torch.random.fork_rng():
@@ -172,35 +163,26 @@ def checkpoint(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def sets(tmp_path_factory):
-    """Folders of six clips to train on and three to test on, the shortest of d0."""
-    root = tmp_path_factory.mktemp("sets")
-    short = sorted((u for u in data.load_folder("data/d0") if u.text), key=lambda u: u.seconds)[:9]
-    for name, part in (("train", short[:6]), ("short", short[6:])):
-        (root / name).mkdir()
-        rows = [json.dumps({"file_name": str((ROOT / u.path).resolve()), "text": u.text}) for u in part]
-        (root / name / "metadata.jsonl").write_text("\n".join(rows))
-    return root
-
-
-@pytest.fixture(scope="session")
-def policy(checkpoint):
+def policy(checkpoint, request):
     """(args, processor, policy) as grpo_asr.load gives it, its adapters moved off zero."""
-    args = grpo_asr.parse_args(["--device", "cpu", "--model", str(checkpoint[1])])
-    data.quiet()
-    processor, model = grpo_asr.load(args, CPU)
-    move_adapters(model, 0.1)
-    return args, processor, model
+    if checkpoint[0] == "FunAsrNano":
+        return request.getfixturevalue("recogniser")
+    made = load_policy("--model", str(checkpoint[1]))
+    move_adapters(made[2], 0.1)
+    return made
 
 
 # ---- what the policy hears, samples and learns --------------------------------------------------------------------
 
-def test_pitfall_1_other_audio_changes_the_log_probs(policy, clips):
-    prompts, rollout = rollout_of(policy, clips[:2])
-    _, processor, model = policy
-    other = encode(model, collate(processor, clips[2:4], "en"))
-    change = (logprobs(policy, prompts, rollout) - logprobs(policy, other, rollout))[rollout.mask].abs().mean()
-    assert change > 0.05
+def test_the_startup_check_passes_and_other_audio_changes_the_log_probs(policy, clips, capsys):
+    """Pitfalls 1 and 5, for the untrained policy in the script's own words."""
+    args = copy.copy(policy[0])
+    args.max_tokens = 12
+    with untrained(policy[2]):
+        grpo_asr.check(policy[2], policy[1], clips[:2], args)
+    line = r"ratio - 1\| (\S+), \|log pi - log pi_ref\| (\S+), other audio .* by (\S+) nats"
+    ratio, drift, effect = map(float, re.search(line, capsys.readouterr().out).groups())
+    assert ratio < 1e-4 and drift == 0 and effect > 0.03
 
 
 def test_pitfall_1_audio_without_its_places_in_the_prompt_is_an_error(policy, clips):
@@ -210,86 +192,74 @@ def test_pitfall_1_audio_without_its_places_in_the_prompt_is_an_error(policy, cl
         encode(policy[2], inputs)
 
 
-def test_embeddings_are_those_of_the_models_own_forward(policy, clips):
-    """encode + prefill against one call of the class itself, clip by clip: none has padding then."""
-    for clip in clips[:3]:
-        inputs = collate(policy[1], [clip], "en")
-        own = {name: value for name, value in inputs.items() if name != "frames"}
-        with torch.no_grad():
-            expected = policy[2](**own).logits[:, -1]
-            first, _ = prefill(policy[2], encode(policy[2], inputs), 1)
-        assert torch.allclose(first, expected, atol=1e-4)
-
-
-def test_pitfall_15_a_batch_of_mixed_lengths_equals_its_clips_alone(policy, clips):
-    mixed = sorted(clips, key=lambda u: u.seconds)[:: len(clips) // 3]
-    prompts, together = rollout_of(policy, mixed, group=2, limit=12)
-    assert len(set(prompts.mask.sum(dim=1).tolist())) > 1 or policy[1].__class__.__name__ == "VoxtralProcessor"
-    assert (prompts.mask[:, -1] == 1).all()
-    for i, clip in enumerate(mixed):
-        rows = slice(2 * i, 2 * i + 2)
-        alone = encode(policy[2], collate(policy[1], [clip], "en"))
-        with torch.no_grad():
-            out = completion_logprobs(policy[2], alone, together.ids[rows], together.mask[rows], 2, 1.0)
-        assert close(out, together.logp[rows], together.mask[rows], 1e-3)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_pitfall_3_and_5_sampled_log_probs_are_the_trained_ones(policy, clips, temperature):
-    prompts, rollout = rollout_of(policy, clips[:2], temperature=temperature, limit=12)
-    assert close(logprobs(policy, prompts, rollout, temperature=temperature), rollout.logp, rollout.mask, 1e-3)
-    assert not any(module.training for module in policy[2].modules())
-
-
-def test_greedy_equals_generate(policy, clips):
-    """The class's own generate on its own inputs, one clip at a time."""
+def test_embeddings_and_greedy_text_are_those_of_the_class_itself(policy, clips):
+    """encode + prefill against its own forward, sample against its own generate, clip by clip: none has padding."""
     _, processor, model = policy
     for clip in clips[:2]:
         inputs = collate(processor, [clip], "en")
         own = {name: value for name, value in inputs.items() if name != "frames"}
+        with torch.no_grad():
+            expected = model(**own).logits[:, -1]
+            logits, _ = prefill(model, encode(model, inputs), 1)
+        assert torch.allclose(logits, expected, atol=1e-4)
         out = model.generate(**own, do_sample=False, max_new_tokens=10)[:, inputs["input_ids"].shape[1]:]
         _, rollout = rollout_of(policy, [clip], group=1, temperature=0, limit=10)
         assert out[0][:int(rollout.mask.sum())].tolist() == rollout.ids[rollout.mask].tolist()
 
 
-def test_only_the_adapters_of_the_llm_learn(policy, clips):
-    _, processor, model = policy
+def test_pitfall_2_3_and_15_log_probs_are_those_of_the_sampler_and_of_each_clip_alone(policy, clips):
+    """In a batch of clips of mixed lengths, at a temperature that is not 1."""
+    mixed = sorted(clips, key=lambda u: u.seconds)[:: len(clips) // 3]
+    prompts, rollout = rollout_of(policy, mixed, group=2, temperature=0.6, limit=12)
+    assert len(set(prompts.mask.sum(dim=1).tolist())) > 1 or policy[1].__class__.__name__ == "VoxtralProcessor"
+    assert (prompts.mask[:, -1] == 1).all()
+    assert close(logprobs(policy, prompts, rollout, 2, 0.6), rollout.logp, rollout.mask, 1e-3)
+    assert not close(logprobs(policy, prompts, rollout, 2), rollout.logp, rollout.mask, 0.05)
+    for i, clip in enumerate(mixed):
+        rows = slice(2 * i, 2 * i + 2)
+        alone = encode(policy[2], collate(policy[1], [clip], "en"))
+        with torch.no_grad():
+            out = completion_logprobs(policy[2], alone, rollout.ids[rows], rollout.mask[rows], 2, 0.6)
+        assert close(out, rollout.logp[rows], rollout.mask[rows], 1e-3)
+
+
+def test_only_the_adapters_of_the_llm_learn_in_fp32_without_dropout(policy, clips):
+    _, _, model = policy
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    assert len(trained) == 2 * 2 * 7 and all("language_model" in n and "lora" in n for n in trained)
-    prompts, rollout = rollout_of(policy, clips[:2], group=4, limit=10)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    assert len(trained) == 2 * layers * 7 and all("language_model" in n and "lora" in n for n in trained)
+    assert all(weight.dtype == torch.float32 for weight in model.parameters() if weight.requires_grad)
+    assert not any(module.training for module in model.modules()) and not model.is_gradient_checkpointing  # pitfall 14
+    prompts, rollout = rollout_of(policy, clips[:1], group=4, limit=10)
     model.zero_grad()
-    for part, rows, group in micro_batches(2, 4, 4):
-        logp = completion_logprobs(model, prompts[part], rollout.ids[rows], rollout.mask[rows], group, 1.0)
-        grpo_loss(logp, rollout.logp[rows], logp.detach(), torch.tensor([1.0, -1.0, 2.0, -2.0]),
-                  rollout.mask[rows]).backward()
+    logp = completion_logprobs(model, prompts, rollout.ids, rollout.mask, 4, 1.0)
+    grpo_loss(logp, rollout.logp, logp.detach(), torch.tensor([1.0, -1.0, 2.0, -2.0]), rollout.mask).backward()
     assert all((weight.grad is not None and float(weight.grad.norm()) > 0) == weight.requires_grad
                for weight in model.parameters())
 
 
-def test_two_steps_of_the_script(checkpoint, sets, tmp_path, capsys):
-    """Its own start-up check (ratio 1, KL 0, other audio), two steps of GRPO, evaluation, files."""
-    flags = ["--device", "cpu", "--model", str(checkpoint[1]), "--data", str(sets / "train"), "--test",
-             str(sets / "short"), "--batch", "2", "--group", "2", "--max-tokens", "8", "--steps", "2"]
-    grpo_asr.main([*flags, "--out", str(tmp_path / "grpo"), "--rewards", "R1,R2"])
-    said = capsys.readouterr().out
-    assert "check: |ratio - 1|" in said and "KL 0.0e+00" in said and "in 2 steps" in said
-    rows = [json.loads(line) for line in (tmp_path / "grpo" / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "reward" in row] == [0, 1]
-    grpo_asr.main([*flags, "--out", str(tmp_path / "taught"), "--supervised"])
-    rows = [json.loads(line) for line in (tmp_path / "taught" / "log.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "reward" in row]
-    assert [row["wer"] for row in rows] == [0, 0]               # the references, through tokenizer and decode
-    assert all(row["grad_norm"] > 0 for row in rows) and rows[0]["kl"] == 0 < rows[1]["kl"]
+def test_a_test_set_is_transcribed_in_its_own_order_and_transcripts_can_be_taught(policy, clips):
+    """Through the processor's rate, tokenizer and end token, whatever the class."""
+    args, processor, model = policy
+    args = copy.copy(args)
+    args.max_tokens = 10
+    texts, metrics = grpo_asr.evaluate(model, processor, clips[:3], args)
+    alone = [rollout_of(policy, [clip], group=1, temperature=0, limit=10)[1] for clip in clips[:3]]
+    assert texts == [decode(processor, rollout)[0] for rollout in alone] and metrics["utterances"] == 3
+    prompts = encode(model, collate(processor, clips[:3], "en"))
+    taught = transcripts_as_rollout(model, processor, prompts, clips[:3], 1.0)
+    assert decode(processor, taught) == [u.text for u in clips[:3]]
+    last = taught.ids.gather(1, taught.mask.sum(1, keepdim=True) - 1)
+    assert (last == processor.tokenizer.eos_token_id).all() and last[0] in torch.tensor(end_tokens(model))
 
 
-def test_only_the_llm_is_quantised(checkpoint):
-    args = grpo_asr.parse_args(["--device", "cpu", "--model", str(checkpoint[1]), "--quantize", "8bit"])
-    _, model = grpo_asr.load(args, CPU)
-    names = [name for name, module in model.named_modules()
-             if type(module).__name__ == "Linear8bitLt" and name.endswith("base_layer")]
-    assert len(names) == 2 * 7 and all("language_model" in name for name in names)
-    assert len(names) == sum(type(module).__name__ == "Linear8bitLt" for module in model.modules()
-                             if not hasattr(module, "base_layer"))
+def test_pitfall_23_every_linear_of_the_llm_is_quantised_and_nothing_else(checkpoint, request):
+    """A list of modules to leave alone that matches none of them would go unnoticed."""
+    model = (request.getfixturevalue("eight_bit") if checkpoint[0] == "FunAsrNano" else
+             load_policy("--model", str(checkpoint[1]), "--quantize", "8bit"))[2]
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear8bitLt)]
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    assert len(names) == 7 * layers and all("language_model" in name for name in names)
 
 
 def test_pitfall_19_merged_and_saved_it_has_the_same_logits_in_plain_transformers(policy, checkpoint, clips, tmp_path):
@@ -301,22 +271,17 @@ def test_pitfall_19_merged_and_saved_it_has_the_same_logits_in_plain_transformer
             assert not torch.allclose(prefill(model, encode(model, inputs), 1)[0], expected, atol=0.05)
         copy.deepcopy(model).merge_and_unload().save_pretrained(tmp_path)
         assert not (tmp_path / "adapter_config.json").exists()
-        plain = transformers.AutoModelForMultimodalLM.from_pretrained(tmp_path).eval()
-        logits = prefill(plain, encode_plain(plain, inputs), 1)[0]
+        plain = mend_attention(transformers.AutoModelForMultimodalLM.from_pretrained(tmp_path).eval())
+        logits = prefill(plain, Prompts(embed(plain, inputs), inputs["attention_mask"]), 1)[0]
         if checkpoint[0] == "GraniteSpeech":
-            assert torch.allclose(logits / 2, expected, atol=1e-4)                # what settle puts right
-        else:
-            assert torch.allclose(logits, expected, atol=1e-4)
-
-
-def encode_plain(model, inputs):
-    return Prompts(embed(data.mend_attention(model), inputs), inputs["attention_mask"])
+            logits = logits / 2                                                    # what settle puts right
+        assert torch.allclose(logits, expected, atol=1e-4)
 
 
 # ---- answers and prompts -----------------------------------------------------------------------------------------
 
 ANSWERS = {
-    "FunAsrNano": [(" anna met peter ", "anna met peter")], "GlmAsr": [("anna met peter\n", "anna met peter")],
+    "FunAsrNano": [("anna met peter", "anna met peter")], "GlmAsr": [("anna met peter\n", "anna met peter")],
     "GraniteSpeech": [("anna met peter", "anna met peter")], "Voxtral": [(" anna met peter", "anna met peter")],
     "Qwen2Audio": [("<|en|>anna met peter", "anna met peter")],
     "Qwen3ASR": [("anna met peter", "anna met peter"), ("language English<asr_text>anna met peter", "anna met peter"),
@@ -329,7 +294,7 @@ def test_the_answer_of_each_class_becomes_a_transcript(policy, checkpoint):
     for answer, transcript in ANSWERS[checkpoint[0]]:
         for eos in end_tokens(model):
             ids = torch.tensor([processor.tokenizer(answer, add_special_tokens=False).input_ids + [eos, 5, 6]])
-            mask = grpo_asr.completion_mask(ids, end_tokens(model))
+            mask = completion_mask(ids, end_tokens(model))
             assert decode(processor, Rollout(ids, mask, None, None, None)) == [transcript]
 
 
@@ -380,11 +345,11 @@ def test_the_logits_of_granite_are_those_of_its_llm(checkpoint):
 # ---- judges and strangers ------------------------------------------------------------------------------------------
 
 def test_each_can_be_a_judge(policy, checkpoint, clips):
-    """Waveforms of mixed lengths, each read as it is alone, and as the policy without adapters reads it."""
+    """Waveforms of mixed lengths, the second read as it is alone, the first as the policy without adapters reads it."""
     judge = Judge(str(checkpoint[1]), CPU)
-    waves = [clip.waveform(judge.rate) for clip in clips[:3]]
+    waves = [clip.waveform(judge.rate) for clip in clips[:2]]
     together = judge.transcribe(waves)
-    assert any(together) and together == [judge.transcribe([wave])[0] for wave in waves]
+    assert any(together) and together[1:] == judge.transcribe(waves[1:])
     with policy[2].disable_adapter():
         _, rollout = rollout_of(policy, clips[:1], group=1, temperature=0, limit=16 + int(8 * clips[0].seconds))
     assert decode(policy[1], rollout) == together[:1]

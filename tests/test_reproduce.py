@@ -1,126 +1,271 @@
-"""The experiments: what is run, and that tables are made of the logs alone."""
-import importlib
+"""The experiments: what is run, what is kept of a run, and that tables and pictures are made of what is kept."""
 import json
+import random
 import re
 import shutil
+import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
-import reproduce
+import diffro_tts
+import grpo_asr
+import grpo_tts
+from data import load_folder, load_sentences
+from tools import measure, reproduce
+
+SCRIPTS = {"grpo_asr.py": grpo_asr, "grpo_tts.py": grpo_tts, "diffro_tts.py": diffro_tts}
+RUNS = reproduce.RUNS.resolve()
+BEFORE = dict(wer=0.2, similarity=0.8, length_ratio=1.0, f0_spread=2.5, truncated=0.0)
 
 
-def leave_run(results, what, name, seed, wer):
-    folder = reproduce.folder_of(results, what, name, seed)
-    folder.mkdir(parents=True)
-    before, after = dict(wer=0.2, similarity=0.8, length_ratio=1.0, f0_spread=2.5, truncated=0.0), dict(
-        wer=wer, similarity=0.9, length_ratio=1.0, f0_spread=2.0, truncated=0.0)
-    (folder / "summary.json").write_text(json.dumps({"seconds": 1, "test": {"before": before, "after": before}}))
-    lines = [{"arguments": {"seed": seed}}, {"step": -1, "eval": before, "eval_wer": 0.2},
-             {"step": 0, "reward": 0.5}, {"step": 0, "eval": after, "eval_wer": wer}]
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def tables_of(results):
+    return reproduce.make_tables({what: reproduce.runs_of(results, what) for what in reproduce.ROWS},
+                                 reproduce.phase_rows(results))
 
+
+def speech_line(row, seed, wer):
+    """A line of a run of chapter 2 or 3."""
+    after = {**BEFORE, "wer": wer, "similarity": 0.9}
+    return {"row": row, "seed": seed, "script": "grpo_tts.py", "arguments": {}, "summary": {"seconds": 1},
+            "curve": {f"eval_{key}": {"0": BEFORE[key], "100": 9.0, "200": after[key]} for key in BEFORE}}
+
+
+class Stub:
+    """subprocess.run that leaves what a script leaves, or fails; `started` are the commands."""
+
+    def __init__(self, status=0):
+        self.status, self.started = status, []
+
+    def __call__(self, command, **_):
+        self.started.append(command)
+        given = dict(zip(command, command[1:]))
+        folder, script = Path(given.get("--out", "nowhere")), command[1]
+        if script in SCRIPTS and not self.status:
+            header = {"arguments": vars(SCRIPTS[script].parse_args(command[2:])), "commit": "abc", "versions": {},
+                      "device": "cpu", "dtype": "torch.float32"}
+            evaluation = {"step": 0, "eval": {**BEFORE, "wer": 0.05}, "eval_wer": 0.05}
+            rows = [header, {"step": -1, "eval": BEFORE, "eval_wer": 0.2}, {"step": 0, "kl": 0.1}, evaluation]
+            folder.mkdir()
+            (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "summary.json").write_text(json.dumps({"seconds": 3, "last": 0.05}))
+        return Namespace(returncode=self.status)
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """No script is started, and everything is written under tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    stub = Stub()
+    monkeypatch.setattr(subprocess, "run", stub)
+    return stub
+
+
+# ---- docs/runs -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("what", reproduce.ROWS)
+def test_every_line_is_of_the_row_that_it_names(what):
+    """The arguments of a line are what the flags of its row give today, but for flags that are no more."""
+    path = RUNS / f"{what}.jsonl"
+    lines = reproduce.read_lines(path)
+    assert len(lines) == len(path.read_text().splitlines()) == len({(line["row"], line["seed"]) for line in lines})
+    for line in lines:
+        script, flags = reproduce.ROWS[what][line["row"]]
+        asked, defaults = (vars(SCRIPTS[script].parse_args(f)) for f in (flags.split(), []))
+        different = {k: v for k, v in asked.items() if v != defaults[k] and k != "device"}
+        assert line["script"] == script and different == {k: v for k, v in line["arguments"].items() if k in defaults}
+        assert line["dtype"] == ("torch.float32" if line["device"].startswith("cpu") else "torch.bfloat16")
+        assert line["device"].startswith("NVIDIA") or asked["device"] == "auto"
+        evaluated = list(line["curve"]["eval_wer"].values())
+        assert line["summary"]["before"] == evaluated[0] and line["summary"]["best"] == min(evaluated)
+        assert line["summary"].get("last", evaluated[-1]) == evaluated[-1]
+    rows = {name: [line["seed"] for line in lines if line["row"] == name] for name in reproduce.ROWS[what]}
+    assert set(map(tuple, rows.values())) == {(1, 2, 3) if "table" in what else (1,)}
+
+
+def test_docs_runs_is_small_and_holds_nothing_else():
+    files = {path.name: path.stat().st_size for path in RUNS.iterdir()}
+    assert set(files) == {f"{what}.jsonl" for what in [*reproduce.ROWS, "figure2"]} and sum(files.values()) < 2e6
+
+
+def test_the_tables_of_the_pages_are_those_of_the_lines():
+    pages = "".join(path.read_text() for path in [Path("README.md"), *Path("docs").glob("*.md")])
+    found = dict(re.findall(r"<!-- (\S+) -->\n([^<]*)<!-- end -->", pages))
+    assert found == tables_of(RUNS)
+    drawn = {*reproduce.DOTS, *reproduce.CURVES, "figure2"}
+    assert {path.stem for path in Path("docs/pictures").iterdir()} == drawn
+    assert set(re.findall(r"pictures/(\S+?)\.png", pages)) <= drawn
+
+
+def test_the_order_of_the_lines_changes_no_table(tmp_path):
+    for path in RUNS.iterdir():
+        lines = path.read_text().splitlines()
+        if path.stem != "figure2":                          # there the last of several counts
+            random.Random(0).shuffle(lines)
+        (tmp_path / path.name).write_text("\n".join(lines) + "\n")
+    assert tables_of(tmp_path) == tables_of(RUNS)
+    for what in reproduce.ROWS:                             # a mean may differ by its last bit otherwise
+        assert reproduce.runs_of(tmp_path, what) == reproduce.runs_of(RUNS, what)
+
+
+def test_figure_2_can_be_measured_again(stub, monkeypatch):
+    """Every line of docs/runs is a command that the script of today takes: on a CPU what a CPU did, on a GPU all."""
+    monkeypatch.setattr(reproduce, "RUNS", RUNS)
+    lines = [line for line in reproduce.read_lines(RUNS / "figure2.jsonl") if "seconds" in line]
+    for cuda in (False, True):
+        stub.started.clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        reproduce.main(["--figure", "2", "--results", "mine", "--lr", "1e-5"])
+        there = {(line["script"], line["size"], line["gib"], line["flags"]) for line in lines
+                 if cuda or line["device"].startswith("cpu")}
+        asked = set()
+        for command in stub.started:
+            assert command[1:3] == ["-m", "tools.measure"] and command[-2:] == ["--log", "mine/figure2.jsonl"]
+            args = measure.parse_args(command[3:])
+            SCRIPTS[f"{args.script}.py"].parse_args(args.flags)
+            more = ["--seconds", str(args.seconds)] if args.seconds != 10 else []
+            assert args.flags[-2:] == ["--lr", "1e-5"]
+            asked.add((args.script, args.size, args.gib, " ".join([*args.flags[:-2], *more])))
+        assert asked == there and len(stub.started) == len(there) and len(there) > (30 if cuda else 5)
+
+
+# ---- what is run, and what is kept of it ---------------------------------------------------------------------------
+
+def test_a_missing_run_is_run_and_gets_a_line_and_one_that_is_there_is_not(stub, capsys):
+    path = Path("mine/table2.jsonl")
+    reproduce.append_line(path, speech_line("DiffRO", 1, 0.05))
+    kept = path.read_bytes()
+    asked = "--table 2 --rows DiffRO --seeds 1 2 3 --jobs 2 --results mine --lr 1".split()
+    reproduce.main(asked)
+    flags = [*reproduce.ROWS["table2"]["DiffRO"][1].split(), "--seed"]
+    assert sorted(command[1:] for command in stub.started) == [
+        ["diffro_tts.py", *flags, seed, "--out", f"runs/reproduce/mine-table2-diffro-seed{seed}", "--lr", "1"]
+        for seed in "23"]
+    assert path.read_bytes().startswith(kept) and Path("runs/reproduce/mine-table2-diffro-seed2/log.jsonl").exists()
+    _, two, _ = sorted(reproduce.read_lines(path), key=lambda line: line["seed"])
+    assert two == {"row": "DiffRO", "seed": 2, "script": "diffro_tts.py", "commit": "abc", "versions": {},
+                   "arguments": {"lr": 1.0, "batch": 16, "micro": 64, "eval_every": 100, "eval_samples": 8},
+                   "device": "cpu", "dtype": "torch.float32", "summary": {"seconds": 3, "last": 0.05},
+                   "curve": {"kl": {"0": 0.1}, **{f"eval_{key}": {"0": value, "1": 0.05 if key == "wer" else value}
+                                                  for key, value in BEFORE.items()}}}
+    assert "| DiffRO | 3 | 5.0 |" in capsys.readouterr().out and Path("mine/table2.png").exists()
+    reproduce.main(asked)
+    assert len(stub.started) == 2 and len(path.read_text().splitlines()) == 3
+
+
+def test_every_row_and_seed_has_a_folder_of_its_own(stub, monkeypatch):
+    monkeypatch.setattr(reproduce, "draw_pictures", lambda *_: [])
+    for what in ("table2", "table3", "figure3"):
+        reproduce.main([f"--{what[:-1]}", what[-1], "--seeds", "1", "2", "--jobs", "4", "--results", "mine"])
+    folders = {command[command.index("--out") + 1] for command in stub.started}
+    assert len(stub.started) == len(folders) == 2 * sum(len(reproduce.ROWS[w]) for w in ("table2", "table3", "figure3"))
+
+
+def test_a_run_that_fails_is_named_and_gets_no_line(stub):
+    stub.status = 1
+    with pytest.raises(SystemExit, match=r"1 runs failed.*mine-table2-diffro-seed2\.txt"):
+        reproduce.main(["--table", "2", "--rows", "DiffRO", "--seeds", "2", "--results", "mine"])
+    assert not Path("mine").exists() and Path("runs/reproduce/mine-table2-diffro-seed2.txt").exists()
+
+
+def test_a_line_that_was_cut_off_is_named_run_again_and_harms_no_other(stub, capsys):
+    path = Path("mine/table2.jsonl")
+    whole, cut = (json.dumps(speech_line("DiffRO", seed, 0.05)) for seed in (1, 2))
+    path.parent.mkdir()
+    path.write_text(whole + "\n" + cut[:len(cut) // 2])
+    reproduce.main(["--table", "2", "--rows", "DiffRO", "--seeds", "1", "2", "--results", "mine"])
+    assert "mine/table2.jsonl: line 2 was cut off" in capsys.readouterr().out
+    assert [line["seed"] for line in reproduce.read_lines(path)] == [1, 2] and len(stub.started) == 1
+    path.write_text(whole)                                  # only the end of the line is missing
+    assert [line["seed"] for line in reproduce.read_lines(path)] == [1]
+    reproduce.append_line(path, json.loads(cut))
+    assert path.read_text() == f"{whole}\n{cut}\n"
+
+
+def test_a_flag_that_comes_or_goes_changes_no_line_and_repeats_no_run(stub, monkeypatch):
+    today = vars(grpo_asr.parse_args([]))
+    changed = {**today, "brand_new": 7, "lr": 1.0}
+    del changed["beta"], changed["rewards"]
+    monkeypatch.setattr(grpo_asr, "parse_args", lambda argv=None: Namespace(**changed))
+    given = {**today, "seed": 5, "out": "x", "device": "cuda", "resume": "y"}
+    Path("run").mkdir()
+    header = {"arguments": given, "commit": "abc", "versions": {}, "device": "H100", "dtype": "torch.bfloat16"}
+    Path("run/log.jsonl").write_text(json.dumps(header) + "\n")
+    Path("run/summary.json").write_text("{}")
+    line = reproduce.line_of(Path("run"), "GRPO, R1", 5, "grpo_asr.py")
+    assert line["arguments"] == {"beta": today["beta"], "rewards": "R1", "lr": today["lr"]}     # not today's defaults
+    for path in RUNS.iterdir():
+        shutil.copy(path, ".")
+    monkeypatch.setattr(reproduce, "draw_pictures", lambda *_: [])
+    for what in reproduce.ROWS:
+        kind, which = re.fullmatch(r"(table|figure)(.*)", what).groups()
+        reproduce.main([f"--{kind}", which, "--results", "."])
+    assert not stub.started
+
+
+def test_quick_is_small_on_two_clips_of_every_set(stub, monkeypatch):
+    monkeypatch.setattr(reproduce, "draw_pictures", lambda *_: [])
+    Path("data").symlink_to(RUNS.parent.parent / "data")
+    for what in ("table1", "table2"):
+        stub.status = what == "table1"                      # its stub leaves no test sets
+        try:
+            reproduce.main(["--table", what[-1], "--quick", "--steps", "3"])
+        except SystemExit:
+            pass
+    by_script = {command[1]: SCRIPTS[command[1]].parse_args(command[2:]) for command in stub.started}
+    assert set(by_script) == set(SCRIPTS) and {args.steps for args in by_script.values()} == {3}
+    assert {args.batch for args in by_script.values()} == {2}
+    assert [Path(folder).name for folder in by_script["grpo_asr.py"].test] == [
+        "keywords", "long", "noise", "short", "source"]
+    assert [len(load_folder(folder)) for folder in by_script["grpo_asr.py"].test] == [2] * 5
+    assert len(load_sentences(by_script["diffro_tts.py"].test)) == 2 and Path("runs/quick/table2.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--table", "2", "--rows", "GRPO R9"], "no such row"), (["--device", "cpu"], "need --table"),
+    (["--figure", "2", "--rows", "GRPO"], "no such row"), (["--table", "4"], "invalid choice")])
+def test_mistakes_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        reproduce.parse_args(flags)
+    assert message in capsys.readouterr().err
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
 
 def test_the_table_is_the_mean_and_range_after_the_last_step(tmp_path):
-    for seed, wer in ((1, 0.10), (2, 0.14), (3, 0.12)):
-        leave_run(tmp_path, "table2", "GRPO, R1", seed, wer)
-    leave_run(tmp_path, "table2", "DiffRO", 1, 0.05)
-    written = reproduce.write_all(tmp_path)
-    assert (tmp_path / "table2.md").read_text().splitlines()[2:] == [
+    for row, seed, wer in (("GRPO, R1", 3, 0.14), ("GRPO, R1", 1, 0.9), ("DiffRO", 1, 0.05), ("GRPO, R1", 2, 0.12),
+                           ("a row of long ago", 1, 0.5), ("GRPO, R1", 1, 0.10)):          # the last of several counts
+        reproduce.append_line(tmp_path / "table2.jsonl", speech_line(row, seed, wer))
+    assert tables_of(tmp_path)["table2"].splitlines() == [
+        "|  | seeds | WER, % | SS | length | F0 spread | never stopped, % |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
         "| no RL |  | 20.0 | 0.800 | 1.000 | 2.50 | 0.0 |",
-        "| GRPO, R1 | 3 | 12.0 (10.0 to 14.0) | 0.900 | 1.000 | 2.00 | 0.0 |",
-        "| DiffRO | 1 | 5.0 | 0.900 | 1.000 | 2.00 | 0.0 |"]
-    assert [p.name for p in written] == ["table2.md", "table2.png"] and all(p.exists() for p in written)
-
-
-def test_the_tables_of_the_pages_are_those_of_the_logs():
-    pages = "".join(Path(page).read_text() for page in ("README.md", "docs/results.md"))
-    tables = re.findall(r"<!-- (results/\S+\.md) -->\n(.*?)<!-- end -->", pages, re.DOTALL)
-    assert {name for name, _ in tables} == {str(p) for p in Path("results").rglob("*.md")}
-    made = {"table1.md": lambda r: reproduce.markdown(reproduce.asr_rows(r)),
-            "table2.md": lambda r: reproduce.markdown(reproduce.tts_rows(r)),
-            "table3.md": lambda r: reproduce.markdown(reproduce.tts_rows(r, "table3")),
-            "figure2.md": lambda r: reproduce.phase_table(reproduce.phase_rows(r))}
-    for name, text in tables:
-        path = Path(name)
-        assert text == path.read_text() == made[path.name](path.parent), name
-
-
-@pytest.mark.parametrize("what", ["table1", "table2", "table3", "figure3"])
-def test_the_logs_are_of_the_rows_that_they_stand_for(what):
-    """What the header of every log in results/ was given is what the flags of its row give today."""
-    checked = 0
-    for name, (script, flags) in reproduce.ROWS[what].items():
-        expected = vars(importlib.import_module(script.removesuffix(".py")).parse_args(flags.split()))
-        for folder in Path("results", what).glob(reproduce.folder_of("", what, name, "*").name):
-            given = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["arguments"]
-            different = {k for k in expected if json.dumps(expected[k]) != json.dumps(given[k])}
-            assert different <= {"seed", "out", "device"}, (folder, different)
-            checked += 1
-    assert checked >= 4
+        "| GRPO, R1 | 3 | 12.0 (10.0 to 14.0) | 0.900 | 1.000 | 2.50 | 0.0 |",
+        "| DiffRO | 1 | 5.0 | 0.900 | 1.000 | 2.50 | 0.0 |"]
 
 
 def test_figure_2_has_a_row_for_what_ran_where_and_the_last_measurement_counts(tmp_path):
     line = {"script": "grpo_asr", "size": "real", "gib": 8.0, "flags": "--max-tokens 48 --micro 8", "peak_gib": 4.5,
             "device": "NVIDIA H100 80GB HBM3"}
-    lines = [{**line, "seconds": {"encode": 9.0, "update": 9.0}}, {**line, "seconds": {"encode": 0.25, "update": 1.0}},
-             {"script": "grpo_tts", "size": "embedded", "gib": None, "flags": "", "device": "cpu, 2 threads",
-              "peak_gib": 2.0, "seconds": {"decode": 0.5, "update": 1.5}}, {**line, "gib": 4.0, "failed": "full"}]
-    (tmp_path / "figure2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    written = reproduce.write_all(tmp_path)
-    assert (tmp_path / "figure2.md").read_text().splitlines() == [
+    for each in ({**line, "seconds": {"encode": 9.0, "update": 9.0}},
+                 {**line, "seconds": {"encode": 0.25, "update": 1.0}},
+                 {"script": "grpo_tts", "size": "embedded", "gib": None, "flags": "", "device": "cpu, 2 threads",
+                  "peak_gib": 2.0, "seconds": {"decode": 0.5, "update": 1.5}}, {**line, "gib": 4.0, "failed": "full"}):
+        reproduce.append_line(tmp_path / "figure2.jsonl", each)
+    assert tables_of(tmp_path)["figure2"].splitlines() == [
         "|  | encode | decode | update | s a step | peak GiB |", "| --- | --- | --- | --- | --- | --- |",
         "| grpo_tts embedded on 2 CPU cores |  | 0.50 | 1.50 | 2.00 | 2.0 |",
         "| grpo_asr real --micro 8 under 8 GiB on H100 | 0.25 |  | 1.00 | 1.25 | 4.5 |"]
-    assert [p.name for p in written] == ["figure2.md", "figure2.png"] and written[1].stat().st_size > 5_000
+    assert [p.name for p in reproduce.draw_pictures({what: {} for what in reproduce.ROWS},
+                                                    reproduce.phase_rows(tmp_path), tmp_path)] == ["figure2.png"]
 
 
-def test_a_page_gets_the_tables_that_it_names(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("results").mkdir()
-    Path("results/table2.md").write_text("| new |\n")
-    Path("page.md").write_text("a\n<!-- results/table2.md -->\n| old |\n| old |\n<!-- end -->\nb\n")
-    reproduce.refresh("page.md")
-    assert Path("page.md").read_text() == "a\n<!-- results/table2.md -->\n| new |\n<!-- end -->\nb\n"
-
-
-def test_every_row_has_a_folder_of_its_own_and_flags_that_its_script_takes():
-    import diffro_tts
-    import grpo_asr
-    import grpo_tts
-
-    scripts = {"grpo_asr.py": grpo_asr, "grpo_tts.py": grpo_tts, "diffro_tts.py": diffro_tts}
-    for what, rows in reproduce.ROWS.items():
-        assert len({reproduce.folder_of("", what, name, 1) for name in rows}) == len(rows)
-        for script, flags in rows.values():
-            scripts[script].parse_args(flags.split())
-
-
-def test_a_run_that_is_there_is_not_repeated_and_one_that_fails_is_named(tmp_path, monkeypatch):
-    results = tmp_path / "results"
-    leave_run(results, "table2", "DiffRO", 1, 0.05)
-    asked = ["--table", "2", "--rows", "DiffRO", "--results", str(results), "--seeds"]
-    reproduce.main([*asked, "1"])
-    monkeypatch.setitem(reproduce.ROWS["table2"], "DiffRO", ("grpo_tts.py", "--model nowhere --steps 1"))
-    with pytest.raises(SystemExit, match=r"1 runs failed.*diffro-seed2.txt") as stopped:
-        reproduce.main([*asked, "2"])
-    assert "no such folder" in Path(str(stopped.value).split()[-1]).read_text()
-
-
-@pytest.mark.parametrize("what, rows", [("table1", ["supervised", "D0 to D3"]), ("figure3", ["DiffRO"]),
-                                        ("table2", ["GRPO, R1,2,3", "+ filter, R1,2"]),
-                                        ("table3", ["DiffRO, B 32, G 1", "DiffRO over recordings, B 16"])])
-def test_rows_run(what, rows):
-    """--quick, of rows of every kind: all of them take 5 minutes."""
-    shutil.rmtree(f"runs/quick/{what}", ignore_errors=True)
-    reproduce.main([f"--{what[:-1]}", what[-1], "--quick", "--jobs", "2", "--rows", *rows])
-    assert set(reproduce.found("runs/quick", what)) == set(rows)
-    assert Path("runs/quick", f"{what}.png").exists()
-
-
-@pytest.mark.parametrize("flags, message", [(["--table", "2", "--rows", "GRPO R9"], "no such row"),
-                                            (["--device", "cpu"], "need --table")])
-def test_mistakes_are_named(flags, message, capsys):
-    with pytest.raises(SystemExit):
-        reproduce.parse_args(flags)
-    assert message in capsys.readouterr().err
+def test_a_page_gets_the_tables_that_it_names_and_keeps_the_rest(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- note -->\n<!-- table1 -->\n| old |\n| old |\n<!-- end -->\nb\n<!-- table1-8bit -->\nc\n"
+                    "<!-- table2 -->\n<!-- end -->\n")
+    reproduce.refresh(page, {"table1": "| new |\n", "table1-8bit": "| not |\n", "table2": "| two |\n"})
+    assert page.read_text() == ("a\n<!-- note -->\n<!-- table1 -->\n| new |\n<!-- end -->\nb\n<!-- table1-8bit -->\nc\n"
+                                "<!-- table2 -->\n| two |\n<!-- end -->\n")

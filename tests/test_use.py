@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoPro
 
 import grpo_asr
 import grpo_tts
-import speech
-import use
 from data import load_folder
-from judges import Judge
+from engine import speech
+from engine.judges import Judge
 from rewards import asr_accuracy
+from tools import use
 
 CPU = torch.device("cpu")
 SOURCE = load_folder("data/test/source")[:2]
@@ -157,7 +157,7 @@ def test_a_mistake_gets_one_line(asr_run, tts_run, tmp_path):
     assert "error: nowhere: no such folder" in failure("transcribe", "nowhere", clip)
     assert "comes with a TokenizersBackend" in failure("transcribe", "checkpoints/tts", clip, "--device", "cpu")
     assert "no speech tokens" in failure("speak", "checkpoints/asr", TEXT, "--out", out, "--device", "cpu")
-    assert "is a run of TTS; python use.py speak" in failure("transcribe", tts_run[0], clip)
+    assert "is a run of TTS; python -m tools.use speak" in failure("transcribe", tts_run[0], clip)
     assert "is a run of speech recognition" in failure("speak", asr_run[0], TEXT, "--out", out)
     assert "cannot be read as audio" in failure("transcribe", "checkpoints/asr", "README.md")
     assert "none.wav: no such file" in failure("transcribe", "checkpoints/asr", clip, "none.wav")

@@ -1,0 +1,124 @@
+"""Models: loaded with clear words for a user's mistake, mended, in 8 bits, with adapters.
+
+    load_pretrained(class, name)     transformers' loaders; safetensors only, no remote code
+    load_recogniser(name)            processor and model of any class in recognisers.py
+    quantization(name, device, ...)  what from_pretrained needs for --quantize
+    add_adapters(base, ...)          fp32 LoRA on the frozen base
+
+Why not LLM.int8 as it comes: it quantises the activations too, looks for outliers among them, and waits for the CPU
+with each product, so that a decoding step can't be captured: at the size of Fun-ASR-Nano a prototype took 166 ms a
+token on an H200, the product below takes 25 on an H100 (96 rows). In RL the frozen weights are all that memory has to
+be saved on. So the int8 matrix stays as bitsandbytes made it, and each product turns it into the activations' own
+precision on the fly: 8-bit memory, kernels that a CUDA graph can hold, and no second rounding between the sampler and
+the trainer. Our choice; the paper does not quantise.
+"""
+import functools
+from pathlib import Path
+
+import bitsandbytes as bnb
+import safetensors
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig
+
+from data import DataError
+from engine.recognisers import RECOGNISERS, recogniser, settle
+
+# ---- loading -------------------------------------------------------------------------------------------------
+
+
+def load_pretrained(auto_class, name, flag="--model", **options):
+    """`auto_class.from_pretrained(name)`, safetensors only and no remote code; DataError when it can't be had."""
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "checkpoints/"))):
+        made = f"; python -m pretrain {Path(name).name} makes it" if name.startswith("checkpoints/") else ""
+        raise DataError(f"{flag} {name}: no such folder, and not of the form OWNER/NAME of a hub id{made}")
+    try:
+        if not hasattr(auto_class, "_model_mapping"):
+            return auto_class.from_pretrained(name, **options)
+        model, found = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{flag} {name}: cannot be loaded ({reason})") from None
+    if found["missing_keys"]:       # transformers would fill them with random numbers
+        raise DataError(f"{flag} {name}: has no weights for {sorted(found['missing_keys'])[0]} of "
+                        f"{type(model).__name__}: made for another task?")
+    return model
+
+
+def load_recogniser(name, flag="--model", **options):
+    """(processor, model) of any class in recognisers.py, put right; DataError for any other, before it is loaded."""
+    processor = load_pretrained(transformers.AutoProcessor, name, flag)
+    known = {kind: row for kind, row in RECOGNISERS.items() if row.hear or flag != "--model"}    # Whisper only judges
+    row = recogniser(processor)
+    if row not in known.values():
+        raise DataError(f"{flag} {name}: comes with a {type(processor).__name__}; known are {', '.join(known)}")
+    model = load_pretrained(row.loader, name, flag, **options)
+    if recogniser(model) is not row:
+        raise DataError(f"{flag} {name}: is a {type(model).__name__}; known are {', '.join(known)}")
+    processor.tokenizer.padding_side = "left"
+    return processor, settle(mend_attention(model))
+
+
+def mend_attention(model):
+    """Gives every part of `model` the attention of the whole, and returns the model.
+
+    transformers 5.23 leaves it unset for the adaptor of Fun-ASR-Nano, whose attention then adds the padding mask as
+    a number instead of applying it: a clip's transcript depended on the clips beside it in the batch.
+    """
+    for name in model.config.sub_configs:
+        part = getattr(model.config, name)
+        if part is not None and part._attn_implementation is None:
+            part._attn_implementation = model.config._attn_implementation
+    return model
+
+
+# ---- adapters and 8-bit weights ------------------------------------------------------------------------------
+
+def add_adapters(base, layers, rank, seed):
+    """`base`, frozen and in eval mode (no dropout anywhere), with fp32 LoRA on the linear layers whose names match the
+    pattern `layers`."""
+    torch.manual_seed(seed)
+    return get_peft_model(weight_only(base), LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)).eval()
+
+
+def precision(device):
+    """What frozen weights are kept in: bf16 on CUDA, fp32 on the CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def quantization(name, skip=()):
+    """BitsAndBytesConfig for `name` ("none" gives None); modules that match a pattern in `skip` stay as they are."""
+    return None if name == "none" else BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(skip) or None)
+
+
+class _Int8Product(torch.autograd.Function):
+    """x (..., I), codes (O, I) int8, scale (O,) -> (..., O): x @ (codes * scale[:, None]).T.
+
+    Keeps the codes for the backward pass, not the matrix they stand for, which would be the whole model in `x.dtype`.
+    Whole numbers up to 127 are exact in bf16.
+    """
+
+    @staticmethod
+    def forward(ctx, x, codes, scale):
+        ctx.save_for_backward(codes, scale)
+        return (x @ codes.to(x.dtype).T).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        codes, scale = ctx.saved_tensors
+        return (grad * scale) @ codes.to(grad.dtype), None, None
+
+
+def weight_only(model):
+    """Gives every 8-bit linear layer of `model` the product above, and returns the model."""
+    def forward(layer, x):
+        weight = layer.weight
+        y = _Int8Product.apply(x, weight.data, (weight.SCB / 127).to(x.dtype))
+        return y if layer.bias is None else y + layer.bias
+
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear8bitLt):
+            layer.forward = functools.partial(forward, layer)
+    return model

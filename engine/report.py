@@ -1,0 +1,111 @@
+"""What a run leaves to read: figures for its log, tables before -> after, transcripts with errors marked, times."""
+import jiwer
+
+from rewards import edit_counts, normalize_text
+
+COLUMNS = {"wer": "WER", "insertions": "ins", "deletions": "del", "substitutions": "sub", "keyword_f1": "keyword F1",
+           "hallucination_rate": "invented", "length_ratio": "length"}
+
+TTS_ROWS = {"wer": ("WER by the second judge, %", 100), "insertions": ("  insertions, %", 100),
+            "deletions": ("  deletions, %", 100), "substitutions": ("  substitutions, %", 100),
+            "token2text_wer": ("WER by the reward model, %", 100), "similarity": ("similarity to the voice", 1),
+            "length_ratio": ("length / the recording's", 1), "words_per_s": ("words a second", 1),
+            "f0_spread": ("F0 spread, semitones", 1), "truncated": ("never stopped, %", 100),
+            "repetition": ("in a loop, %", 100)}
+
+
+def percent(share):
+    """"12.3 %", or "-" for None."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def group_figures(reward):
+    """What the log says of rewards (B, G): their mean, the spread inside a group, the share of groups with none."""
+    return {"reward": float(reward.mean()), "reward_std": float(reward.std(dim=1, correction=0).mean()),
+            "no_signal": float((reward == reward[:, :1]).all(dim=1).float().mean())}
+
+
+def rollout_figures(rollout, phase):
+    """What the log says of a rollout: how long, how fast, how many without an end, how sure of itself (nats)."""
+    tokens = rollout.mask.sum(dim=1).float()
+    return {"tokens": float(tokens.mean()), "tokens_per_s": float(tokens.sum()) / max(1e-9, phase.step["rollout"]),
+            "truncated": float(rollout.truncated.float().mean()),
+            "entropy": float(rollout.entropy[rollout.mask].mean())}
+
+
+def print_table(metrics):
+    """One line a test set, before -> after in percent: {name: {"before": metrics, "after": metrics}}."""
+    print(f"\n{'%':10}" + "".join(f"{title:>15}" for title in COLUMNS.values()))
+    for name, row in metrics.items():
+        pairs = [(row["before"][column], row["after"][column]) for column in COLUMNS]
+        cells = ["-" if b is None else f"{100 * b:.1f} -> {100 * a:.1f}" for b, a in pairs]
+        print(f"{name:10}" + "".join(f"{cell:>15}" for cell in cells))
+
+
+def print_tts_table(before, after):
+    """The figures of the test set of a speaking model, before -> after; percent where the title says so."""
+    print(f"\n{'':28}{'before':>8}{'after':>9}")
+    for column, (title, scale) in TTS_ROWS.items():
+        if column not in after:              # only chapter 3 has a reward model that reads
+            continue
+        was, now = (f"{scale * m[column]:.{1 if scale > 1 else 3}f}" for m in (before, after))
+        print(f"{title:28}{was:>8} ->{now:>8}")
+
+
+def print_transcripts(texts, before, after, language, count=5):
+    """The `count` utterances that were worst before: text, transcript before and after, drawn by jiwer."""
+    def errors(i):
+        *wrong, length = edit_counts(texts[i], before[i], language)
+        return sum(wrong) / max(1, length)
+
+    print(f"\n{count} transcripts, the worst before training (S substituted, D deleted, I inserted)")
+    for i in sorted(range(len(texts)), key=errors, reverse=True)[:count]:
+        for when, transcripts in (("before", before), ("after", after)):
+            print(when)
+            print(draw(texts[i], transcripts[i], language))
+        print()
+
+
+def draw(text, hypothesis, language):
+    """Text over hypothesis, aligned, with the errors marked below."""
+    text, hypothesis = normalize_text(text, language), normalize_text(hypothesis, language)
+    if not text or not hypothesis:
+        return f"REF: {text}\nHYP: {hypothesis}"
+    drawn = jiwer.visualize_alignment(jiwer.process_words(text, hypothesis), show_measures=False, skip_correct=False)
+    return "\n".join(line for line in drawn.splitlines()[1:] if line.strip())
+
+
+def print_times(phase, steps):
+    """Seconds a step by phase, of what was trained; evaluation apart."""
+    training = {name: seconds / max(1, steps) for name, seconds in phase.total.items() if name != "evaluate"}
+    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in training.items())
+    print(f"seconds a step: {sum(training.values()):.2f} ({parts}); evaluation {phase.total['evaluate']:.0f} s in all; "
+          f"peak memory {phase.peak_gib():.1f} GiB")
+
+
+def best_and_worst(reward):
+    """Of the group whose rewards (B, G) differ most: {"best": which of the B G samples, "worst": which}."""
+    group = int(reward.std(dim=1, correction=0).argmax())
+    first = group * reward.shape[1]
+    return {"best": first + int(reward[group].argmax()), "worst": first + int(reward[group].argmin())}
+
+
+def transcripts_row(reward, scored, clip_of, texts):
+    """A line of samples.jsonl: what was said in the group that differs most, its best and worst sample, every part."""
+    ends = best_and_worst(reward)
+    row = {"file": str(clip_of[ends["best"]].path), "said": clip_of[ends["best"]].text}
+    for name, i in ends.items():
+        score = scored[i]
+        row[name] = {"text": texts[i], "total": score.total, "R1": score.accuracy, "R2": score.hallucination.reward(),
+                     "kind": score.hallucination.kind, "R3": score.keywords}
+    return row
+
+
+def speech_row(reward, parts, speech):
+    """The same for speech; "text" is what the judge heard."""
+    ends = best_and_worst(reward)
+    row = {"said": speech[ends["best"]].text}
+    for name, i in ends.items():
+        row[name] = {"text": speech[i].heard, "total": float(reward.view(-1)[i]), "tokens": len(speech[i].codes),
+                     **{part: float(values.view(-1)[i]) for part, values in parts.items()}}
+    return row

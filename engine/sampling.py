@@ -1,0 +1,298 @@
+"""Sampling from the policy, and its log-probs of what was sampled: the part of GRPO that takes the time.
+
+    prompts  = Prompts(embeds, mask)                       what is asked, embedded once a step
+    rollout  = sample(policy, prompts, group, ...)         G samples of each, from the untruncated distribution
+    logp     = completion_logprobs(policy, prompts, ...)   the teacher-forced pass over the samples
+    ref_logp = reference_logprobs(policy, prompts, ...)    the same under the reference: adapters switched off
+    self_check(policy, prompts, others, ...)               that sampler and trainer agree, tried before a run
+
+A prompt is read once and its keys and values are copied to the G rows that share it, in the rollout, the policy pass
+and the reference pass alike. On a GPU one decoding step is captured as a CUDA graph and replayed: the same kernels
+without the launching of each, which is most of the time of a small batch. All of this is our choice; the paper samples
+with vLLM.
+
+Shapes: B prompts, G samples each, N = B G samples, T tokens of a sample, L of a prompt, D width, V vocabulary.
+`group` is G; `each` is how many rows share a prompt in the pass at hand: G, or fewer in a small micro-batch.
+"""
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, StaticCache
+
+from data import DataError
+
+
+@dataclass
+class Prompts:
+    """What is asked, as embeddings: text, and audio that is already encoded."""
+
+    embeds: torch.Tensor  # (B, L, D), padded on the left
+    mask: torch.Tensor    # (B, L)
+
+    def __getitem__(self, part):
+        return Prompts(self.embeds[part], self.mask[part])
+
+
+@dataclass
+class Rollout:
+    """What was sampled, and how likely it was to its sampler."""
+
+    ids: torch.Tensor      # (N, T), anything after the end token
+    mask: torch.Tensor     # (N, T), the end token included
+    logp: torch.Tensor     # (N, T), log pi_old of Eq. 2
+    entropy: torch.Tensor  # (N, T), of the whole distribution, nats
+    truncated: torch.Tensor  # (N,), true where no end token came
+
+
+def completion_mask(ids, eos_token_id):
+    """(N, T) -> (N, T) bool: true up to and including the first end token, all true where there is none.
+
+    The end token is an action like any other: without its gradient the model never learns when to stop.
+    `eos_token_id` is an int or a list of them.
+    """
+    end = torch.isin(ids, torch.as_tensor(eos_token_id, device=ids.device))
+    return end.cumsum(dim=1) - end.long() == 0
+
+
+def as_rollout(rows, eos):
+    """Given token rows (T,), an end token behind each, as if they had been sampled: a Rollout with log-probs of 0."""
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=eos if isinstance(eos, int) else eos[0])
+    zeros = torch.zeros(ids.shape, device=ids.device)
+    return Rollout(ids, completion_mask(ids, eos), zeros, zeros, torch.zeros_like(ids[:, 0], dtype=torch.bool))
+
+
+# ---- decoding ------------------------------------------------------------------------------------------------
+
+def prefill(policy, prompts, each, copy=True):
+    """Reads each prompt once, then copies its keys and values to the `each` rows that share it.
+
+    Returns the logits of the first token (N, V) and the cache, of the B prompts alone without `copy`. Differentiable:
+    the update shares the prompt too.
+    """
+    cache = DynamicCache()
+    out = policy(inputs_embeds=prompts.embeds, attention_mask=prompts.mask, past_key_values=cache, use_cache=True,
+                 position_ids=(prompts.mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1)
+    if copy:
+        cache.batch_repeat_interleave(each)
+    return out.logits[:, -1].repeat_interleave(each, dim=0), cache
+
+
+class GraphedStep:
+    """One decoding step of all rows as a CUDA graph: token (N,) -> logits (N, V), the same numbers as the plain step.
+
+    A graph replays fixed kernels on fixed memory, so everything that changes lives in tensors that change in place:
+    the token, its position, the keys and values, and which of them may be seen.
+    """
+
+    def __init__(self, policy, cache, mask, group, room):
+        """`cache` of the B prompts, copied here to the `group` rows of each; `mask` (N, L); `room` for new tokens."""
+        self.policy, self.mask, length = policy, mask, mask.shape[1]
+        config = policy.get_base_model().config.get_text_config(decoder=True)
+        self.cache = StaticCache(config, max_cache_len=length + room)
+        for i, layer in enumerate(cache.layers):
+            self.cache.update(*(x.repeat_interleave(group, dim=0) for x in (layer.keys, layer.values)), i)
+        self.token = mask.new_zeros(len(mask), 1)
+        self.position, self.column = self.token.clone(), self.token.new_zeros(1)
+        dtype = cache.layers[0].keys.dtype
+        self.hidden = mask.new_zeros((len(mask), 1, 1, length + room), dtype=dtype)        # added to the scores
+        self.capture()
+        self.rewind()
+
+    def rewind(self):
+        """Back to where the prompts end."""
+        length = self.mask.shape[1]
+        self.position.copy_(self.mask.sum(dim=1, keepdim=True))
+        self.column.fill_(length)
+        self.hidden.fill_(torch.finfo(self.hidden.dtype).min)
+        self.hidden[..., :length].masked_fill_(self.mask[:, None, None].bool(), 0)
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(length)
+
+    def step(self):
+        """What is captured: self.token (N, 1) -> logits (N, V)."""
+        self.hidden.index_fill_(3, self.column, 0)
+        logits = self.policy(input_ids=self.token, attention_mask=self.hidden, past_key_values=self.cache,
+                             use_cache=True, position_ids=self.position).logits[:, -1]
+        self.column += 1
+        self.position += 1
+        return logits
+
+    def capture(self):
+        """Records the kernels of one step as self.graph, which leaves its result in self.logits."""
+        self.graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):                            # warm-up: what is set up on first use can't be captured
+                self.rewind()
+                self.step()
+            torch.cuda.synchronize()
+            self.graph.capture_begin()
+            self.logits = self.step()
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def __call__(self, token):
+        self.token.copy_(token[:, None])
+        self.graph.replay()
+        return self.logits
+
+
+def graphable(policy):
+    """Whether a decoding step is captured: on a GPU."""
+    return policy.device.type == "cuda"
+
+
+@torch.no_grad()
+def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=None):
+    """G samples of every prompt, from the whole untruncated distribution (temperature 0 = greedy): Rollout.
+
+    No setting of the checkpoint's generation_config takes part. `eos` is an int or a list of them. Rows that have
+    ended leave the batch, but not a CUDA graph's.
+    """
+    graph = graphable(policy) and max_tokens > 1
+    logits, cache = prefill(policy, prompts, group, copy=not graph)                 # (N, V)
+    mask = prompts.mask.repeat_interleave(group, dim=0)                             # (N, L)
+    if graph:                                 # copies the cache itself: two copies for N rows could fill the card
+        graphed, cache = GraphedStep(policy, cache, mask, group, max_tokens), None
+    position = mask.sum(dim=1)
+    alive = torch.arange(len(mask), device=mask.device)                             # rows computed
+    going = torch.ones_like(alive, dtype=torch.bool)                                # not yet ended
+    eos = torch.as_tensor(eos, device=mask.device)
+    ids = eos.reshape(-1)[0].repeat(len(mask), max_tokens)
+    logp, entropy = torch.zeros((2, *ids.shape), device=mask.device)
+    for t in range(max_tokens):
+        scores = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)   # (alive, V)
+        if temperature:
+            # Gumbel-max: argmax(log p - log E), E ~ Exp(1), is an exact draw from p; noise for every row, alive or
+            # not, so that a sample does not depend on when the others end
+            noise = torch.empty((len(mask), scores.shape[1]), device=mask.device).exponential_(generator=generator)
+            token = (scores - noise[alive].clamp(min=1e-30).log()).argmax(dim=-1)
+        else:
+            token = scores.argmax(dim=-1)
+        ids[alive, t] = token
+        logp[alive, t] = scores.gather(1, token[:, None])[:, 0]
+        entropy[alive, t] = -(scores.exp() * scores).sum(dim=-1)
+        going &= ~torch.isin(token, eos)
+        left = int(going.sum())
+        if left == 0 or t == max_tokens - 1:
+            break
+        if graph:
+            logits = graphed(token)
+            continue
+        if left <= 0.8 * len(alive):          # not at every end: dropping rows copies the cache
+            keep = going.nonzero()[:, 0]
+            alive, token, going = alive[keep], token[keep], going[keep]
+            cache.batch_select_indices(keep)
+        seen = torch.cat([mask[alive], mask.new_ones(len(alive), t + 1)], dim=1)
+        logits = policy(input_ids=token[:, None], attention_mask=seen, past_key_values=cache, use_cache=True,
+                        position_ids=position[alive, None] + t).logits[:, -1]
+    if graph:                                 # the graph's memory is its own: nothing else can use what it leaves
+        del graphed, logits
+        torch.cuda.empty_cache()
+    ids, logp, entropy = ids[:, :t + 1], logp[:, :t + 1], entropy[:, :t + 1]
+    return Rollout(ids, completion_mask(ids, eos), logp, entropy, ~torch.isin(ids, eos).any(dim=1))
+
+
+def generator_for(seed, step, device):
+    """The random source of one step's samples: a function of the seed and the step, whatever came before."""
+    return torch.Generator(device).manual_seed(1_000_003 * seed + step)
+
+
+# ---- the teacher-forced pass ---------------------------------------------------------------------------------
+
+def completion_logits(policy, prompts, ids, mask, each):
+    """The policy's logits at every token of given samples, (N, T) -> (N, T, V); every prompt is read once for its
+    `each` rows."""
+    first, cache = prefill(policy, prompts, each)
+    seen = torch.cat([prompts.mask.repeat_interleave(each, dim=0), mask[:, :-1].long()], dim=1)
+    start = prompts.mask.sum(dim=1).repeat_interleave(each)[:, None]
+    position = start + torch.arange(ids.shape[1] - 1, device=ids.device)            # (N, T - 1)
+    logits = first[:, None]                                                         # (N, 1, V)
+    if ids.shape[1] > 1:
+        rest = policy(input_ids=ids[:, :-1], attention_mask=seen, position_ids=position, past_key_values=cache,
+                      use_cache=True).logits
+        logits = torch.cat([logits, rest], dim=1)                                   # (N, T, V)
+    return logits
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(logits / T)[ids], fp32 inside, a few rows at a time: fp32 logits never exist all at once."""
+
+    @staticmethod
+    def rows(logits):
+        return max(1, 2 ** 24 // max(1, logits[0].numel()))        # 64 MiB of fp32 a time
+
+    @staticmethod
+    def forward(ctx, logits, ids, temperature):
+        norm = torch.cat([torch.logsumexp(part.to(torch.promote_types(part.dtype, torch.float32)) / temperature, -1)
+                          for part in logits.split(_TokenLogprobs.rows(logits))])   # (N, T)
+        ctx.save_for_backward(logits, ids, norm)
+        ctx.temperature = temperature
+        return logits.gather(-1, ids[..., None])[..., 0].to(norm.dtype) / temperature - norm
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, ids, norm = ctx.saved_tensors
+        out, n = torch.empty_like(logits), _TokenLogprobs.rows(logits)
+        for o, part, i, z, g in zip(*(x.split(n) for x in (out, logits, ids, norm, grad / ctx.temperature))):
+            slope = -torch.exp(part.to(z.dtype) / ctx.temperature - z[..., None])   # -softmax
+            slope.scatter_add_(-1, i[..., None], torch.ones_like(z[..., None]))
+            o.copy_(slope.mul_(g[..., None]))
+        return out, None, None
+
+
+def token_logprobs(logits, ids, temperature=1.0):
+    """log pi(o_it): (N, T, V), (N, T) -> (N, T) in fp32 or better, under the temperature that sampled.
+
+    Beside the logits themselves and, in the backward pass, their gradient in their own precision, it needs 64 MiB, or
+    one row of logits in fp32 where that is more.
+    """
+    return _TokenLogprobs.apply(logits, ids, temperature)
+
+
+def completion_logprobs(policy, prompts, ids, mask, each, temperature):
+    """log pi(o_it) of given samples, (N, T) -> (N, T); every prompt is read once for its `each` rows."""
+    return token_logprobs(completion_logits(policy, prompts, ids, mask, each), ids, temperature)
+
+
+@torch.no_grad()
+def reference_logprobs(policy, prompts, rollout, group, micro, temperature):
+    """log pi_ref of a rollout, (N, T): the same weights with LoRA switched off, once a step (PEFT walks the whole model
+    to do so). Without a gradient up to four times `micro` samples need no more memory [choice]."""
+    wide = group * (4 * micro // group) or micro                                    # whole groups, or `micro`
+    with policy.disable_adapter():
+        return torch.cat([completion_logprobs(policy, prompts[asked], rollout.ids[rows], rollout.mask[rows], each,
+                                              temperature)
+                          for asked, rows, each in micro_batches(len(prompts.mask), group, wide)])
+
+
+def micro_batches(batch, group, micro):
+    """Slices (prompts, rows, rows per prompt) that cover N = batch x group samples, `micro` of them at a time."""
+    for start in range(0, batch * group, micro):
+        stop = min(start + micro, batch * group)
+        yield slice(start // group, -(-stop // group)), slice(start, stop), min(group, stop - start)
+
+
+def self_check(policy, prompts, others, args, max_tokens, eos, other):
+    """The pitfalls that stay silent, tried on the first prompts before anything is trained; one line says how it went.
+
+    The trained log-probs are the sampler's (ratio 1), the untrained policy is the reference, and what is asked reaches
+    them: `others`, prompts with `other` ("other audio", "another text"), must move the log-probs of the same samples.
+    """
+    count, each = max(1, min(len(prompts.mask), args.micro // args.group)), min(args.group, args.micro)
+    prompts, others = prompts[:count], others[:count]
+    rollout = sample(policy, prompts, each, max_tokens, eos, args.temperature,
+                     generator_for(args.seed, 0, policy.device))
+    with torch.no_grad():
+        logp, moved = (completion_logprobs(policy, p, rollout.ids, rollout.mask, each, args.temperature)
+                       for p in (prompts, others))
+        with policy.disable_adapter():
+            ref_logp = completion_logprobs(policy, prompts, rollout.ids, rollout.mask, each, args.temperature)
+    mean = lambda x: float(x.abs()[rollout.mask].mean())  # noqa: E731
+    ratio, drift, effect = mean((logp - rollout.logp).exp() - 1), mean(logp - ref_logp), mean(logp - moved)
+    tolerance = 1e-3 if prompts.embeds.dtype == torch.float32 else 0.1      # bf16 alone gives 0.04 at 1.4B
+    line = f"|ratio - 1| {ratio:.1e}, |log pi - log pi_ref| {drift:.1e}, {other} moves log-probs by {effect:.2f} nats"
+    if not (ratio <= tolerance and drift <= tolerance and effect >= 1e-3):  # so written, NaN fails
+        raise DataError(f"check failed: {line}. This model's sampling and training paths disagree, or what is asked "
+                        "does not reach it")
+    print(f"check: {line}")

@@ -1,0 +1,150 @@
+"""The flags of the three chapters, with no import of torch: --help and typing errors answer at once.
+
+    parse_asr(argv)                    chapter 1
+    parse_speech(argv)                 chapter 2
+    parse_speech(argv, diffro=True)    chapter 3
+What chapters share stands once. --resume DIR takes the settings of the run in DIR as defaults.
+"""
+import argparse
+
+LEAST = dict(steps=0, batch=1, group=2, micro=1, lora_rank=1, eval_every=0, max_tokens=0, eval_samples=1)
+POSITIVE = ("lr", "temperature", "tau", "weight")
+
+
+def parse_asr(argv=None, about=None):
+    """The settings of chapter 1."""
+    p = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("model")
+    add_policy(g, "checkpoints/asr", "the recogniser")
+    g = p.add_argument_group("data and rewards")
+    g.add_argument("--data", nargs="+", default=["data/d0"], metavar="DIR", help="train on these (default: data/d0)")
+    g.add_argument("--test", nargs="+", metavar="DIR", help="folders to test on; the first in which something is said "
+                   "chooses the best adapter (default: data/test/*, by short; a tenth of --data where that is given)")
+    g.add_argument("--language", default="en", help="of the prompt, the normaliser and the rules (default: en)")
+    g.add_argument("--rewards", default="R1", help="R1 accuracy, R2 hallucination, R3 keywords (default: R1)")
+    g.add_argument("--hotwords", action="store_true", help="put each utterance's keywords into its prompt")
+    g.add_argument("--max-seconds", type=float, default=30, help="longest clip allowed; 0 = any (default: 30)")
+    g.add_argument("--skip-bad", action="store_true", help="leave out and count bad lines of the data")
+    g = p.add_argument_group("GRPO")
+    add_grpo(g, batch=8, of="clips", paper=32, group=8, paper_group=12, micro=64)
+    g.add_argument("--max-tokens", type=int, default=0, help="longest transcript; 0 = 16 + 8 a second of audio")
+    g.add_argument("--supervised", action="store_true", help="the control: learn from the transcripts, not from "
+                   "samples (G = 1, A = 1, beta = 0)")
+    add_run(p)
+    return read(p, argv)
+
+
+def parse_speech(argv=None, about=None, diffro=False):
+    """The settings of chapter 2, or of chapter 3 with `diffro`."""
+    p = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("models")
+    add_policy(g, "checkpoints/tts", "the LLM")
+    g.add_argument("--codec", default="checkpoints/codec", help="speech tokens to waveform (default: %(default)s)")
+    g.add_argument("--judge", default="checkpoints/asr", help="recogniser that rewards (default: %(default)s)")
+    g.add_argument("--second-judge", default="checkpoints/asr2", help="another, for evaluation (default: %(default)s)")
+    if diffro:
+        g.add_argument("--token2text", default="checkpoints/token2text", help="DiffRO's reward (default: %(default)s)")
+    g.add_argument("--speaker", default="checkpoints/speaker", help="whose voice is it (default: %(default)s)")
+    g.add_argument("--offload", action="store_true", help="codec, judges and speaker model wait in main memory")
+    g = p.add_argument_group("data and rewards")
+    g.add_argument("--data", nargs="+", default=["data/tts/train.jsonl"], metavar="FILE",
+                   help="texts: a line each, or a metadata.jsonl or its folder (default: data/tts/train.jsonl)")
+    g.add_argument("--test", metavar="FILE", help="other texts, to test on, with recordings where there are any "
+                   "(default: data/tts/test; a tenth of --data where that is given)")
+    g.add_argument("--voices", default="data/tts/voices", metavar="DIR",
+                   help="recordings, with their texts, of the voices to speak in (default: data/tts/voices)")
+    g.add_argument("--language", default="en", help="of the judges and the normaliser (default: en)")
+    g.add_argument("--rewards", default="R1", help="R1 accuracy, R2 duration, R3 diversity (default: R1)")
+    g.add_argument("--max-seconds", type=float, default=6, help="longest speech a sample may have (default: 6)")
+    g.add_argument("--skip-bad", action="store_true", help="leave out and count bad lines of the data")
+    if diffro:
+        g = p.add_argument_group("DiffRO")
+        g.add_argument("--method", choices=["diffro", "grpo+diffro"], default="diffro", help="(default: diffro)")
+        g.add_argument("--weight", type=float, default=1.0, help="lambda, of DiffRO beside GRPO (default: 1)")
+        g.add_argument("--filter", choices=["positive", "none"], help="DiffRO on samples with A > 0, or on all "
+                       "(default: positive with GRPO, else none)")
+        g.add_argument("--teach", choices=["rollout", "recording"], default="rollout",
+                       help="the fixed tokens of the pass: sampled, or the recording's in --data (default: rollout)")
+        g.add_argument("--tau", type=float, default=1.0, help="Gumbel-softmax temperature (authors: 1)")
+        g.add_argument("--hard", action="store_true", help="one-hot forward, soft backward (straight-through)")
+    g = p.add_argument_group("GRPO")
+    add_grpo(g, batch=4, of="texts", paper=16, group=8, paper_group=8, micro=16)
+    add_run(p)
+    p.add_argument("--eval-samples", type=int, default=1, help="of each test text: the WER of one each scatters by 2.7 "
+                   "points, of k by that over sqrt(k) (default: 1)")
+    return read(p, argv)
+
+
+# ---- what the chapters share ---------------------------------------------------------------------------------
+
+def add_policy(g, model, what):
+    """Flags of the model that is trained."""
+    g.add_argument("--model", default=model, help=f"{what}, folder or hub id (default: {model})")
+    g.add_argument("--quantize", choices=["none", "8bit"], default="none",
+                   help="frozen LLM weights by bitsandbytes; none = bf16 on CUDA, fp32 on the CPU (default: none)")
+    g.add_argument("--lora-rank", type=int, default=16, help="rank of the fp32 adapters (default: 16)")
+    g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
+
+
+def add_grpo(g, batch, of, paper, group, paper_group, micro):
+    """Flags of Eqs. 1 to 3."""
+    g.add_argument("--steps", type=int, default=200)
+    g.add_argument("--batch", type=int, default=batch, help=f"B, {of} a step (default: {batch}; paper: {paper})")
+    g.add_argument("--group", type=int, default=group, help=f"G, samples of each (default: {group}; paper: "
+                   f"{paper_group}); 1 will do for DiffRO alone")
+    g.add_argument("--micro", type=int, default=micro, help="samples in one forward and backward: memory and speed, "
+                   f"and which Gumbel draw of DiffRO goes where (default: {micro})")
+    g.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the log-probs (default: 1)")
+    g.add_argument("--lr", type=float, default=3e-4, help="AdamW on LoRA (default: 3e-4; paper, all weights: 1e-5)")
+    g.add_argument("--clip", type=float, default=0.2, help="eps of Eq. 3")
+    g.add_argument("--beta", type=float, default=0.1, help="weight of the KL in Eq. 3 (paper: 0.1)")
+
+
+def add_run(p):
+    """Flags of the run itself."""
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=1)
+    g.add_argument("--eval-every", type=int, default=50, help="steps; 0 = only before and after (default: 50)")
+    g.add_argument("--out", metavar="DIR", help="run folder (default: a new one under runs/)")
+    g.add_argument("--resume", metavar="DIR", help="continue the run in DIR; --steps may be raised")
+
+
+def read(p, argv):
+    """The arguments, those of a run to resume as defaults, checked."""
+    args = p.parse_args(argv)
+    if args.resume:
+        from data import DataError
+        from engine.run import saved_arguments
+        try:
+            p.set_defaults(**saved_arguments(args.resume))
+        except DataError as error:
+            p.error(str(error))
+        args = p.parse_args(argv)
+    if getattr(args, "supervised", False):
+        args.group, args.beta = 1, 0.0
+    if "filter" in args:
+        args.filter = args.filter or ("positive" if args.method == "grpo+diffro" else "none")
+    check(p, args)
+    return args
+
+
+def check(p, args):
+    """Ends with one line where a value is out of range or two do not go together."""
+    alone = getattr(args, "supervised", False) or getattr(args, "method", "") == "diffro"  # no sample is compared
+    for name, least in {**LEAST, "group": 1 if alone else 2}.items():
+        if name in args and getattr(args, name) < least:
+            p.error(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(args, name)}")
+    for name in (*POSITIVE, *(["max_seconds"] if "codec" in args else [])):
+        if name in args and not 0 < getattr(args, name) < float("inf"):
+            p.error(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    if args.micro % args.group and args.group % args.micro:
+        p.error(f"--micro {args.micro} must be a multiple or a divisor of --group {args.group}")
+    if set(args.rewards.split(",")) - {"R1", "R2", "R3"}:
+        p.error(f"--rewards takes some of R1,R2,R3, not {args.rewards}")
+    if not 0 <= args.seed < 2 ** 31:
+        p.error(f"--seed must be from 0 to 2^31 - 1, not {args.seed}")
+    if "method" in args:
+        if args.method == "diffro" and args.filter == "positive":
+            p.error("--filter positive needs the advantages of --method grpo+diffro")
+        if args.method == "grpo+diffro" and args.teach == "recording":
+            p.error("--method grpo+diffro needs --teach rollout: GRPO learns from what was sampled")

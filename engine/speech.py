@@ -1,0 +1,314 @@
+"""What chapters 2 and 3 share: the LLM that speaks, its voices and prompts, set-up, evaluation, what a run leaves.
+
+    set_up(args, name)               the run, and the Studio: all that speaks, hears and judges
+    Studio.prompts, codes_of         sentences -> prompts; samples -> the codec's codes
+    evaluate(studio)                 one sample of every test sentence, and their figures by the second judge
+    speech_figures, length_figures   what the log says of a step's samples
+    finish(run, studio)              tables, a page to listen to and the summary of the best adapter
+"""
+import functools
+import re
+from argparse import Namespace
+from dataclasses import dataclass, replace
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data import DataError, batch_indices, load_folder, split_texts
+from engine.judges import Codec, Judge, Speaker, Token2Text
+from engine.listen import write_page
+from engine.models import add_adapters, load_pretrained, precision, quantization
+from engine.report import percent, print_times, print_transcripts, print_tts_table
+from engine.run import Run, load_adapter, pick_device, quiet
+from engine.sampling import Prompts, generator_for, sample, self_check
+from rewards import Speech, asr_metrics, repeats, tts_metrics
+
+START, END = "<|SPEECH_GENERATION_START|>", "<|SPEECH_GENERATION_END|>"
+EVAL_BATCH = 50  # test sentences at once: it decides which draw goes where
+
+
+@dataclass(eq=False)
+class Studio:
+    """What speaks, and what hears and judges it: all frozen but the policy's adapters."""
+
+    args: Namespace
+    tokenizer: AutoTokenizer
+    policy: PeftModel
+    codec: Codec
+    judge: Judge | None             # rewards; None for DiffRO alone
+    second: Judge                   # evaluates
+    speaker: Speaker
+    token2text: Token2Text | None   # chapter 3
+    code: torch.Tensor              # (V,) the codec's code of every token of the LLM, -1 where it is not speech
+    voices: list
+    tests: list                     # sentences
+    due: list = None                # tokens that each test sentence should take
+    before: tuple = None            # what `evaluate` gave before any step
+
+    @property
+    def end(self):
+        """The token that ends speech."""
+        return self.tokenizer.convert_tokens_to_ids(END)
+
+    @property
+    def limit(self):
+        """Tokens of the longest speech allowed."""
+        return int(self.args.max_seconds * self.codec.tokens_per_s)
+
+    def prompts(self, sentences):
+        """Each to be said in its voice: Prompts of B rows."""
+        return make_prompts(self.policy, self.tokenizer, [s.text for s in sentences], [s.voice for s in sentences])
+
+
+# ---- load --------------------------------------------------------------------------------------------------
+
+def load(args, device):
+    """The tokenizer and the policy: a frozen base, fp32 LoRA on its linear layers."""
+    tokenizer = load_pretrained(AutoTokenizer, args.model)
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or END
+    vocabulary = tokenizer.get_vocab()
+    llasa = "<|s_0|>" in vocabulary and tokenizer.chat_template
+    if {START, END} - set(vocabulary) or not (llasa or reads_phonemes(tokenizer)):
+        raise DataError(f"--model {args.model}: its tokenizer has no speech tokens as Llasa (<|s_0|>, a chat template) "
+                        f"or NeuTTS (<|speech_0|>), with {START} and {END}")
+    if reads_phonemes(tokenizer):
+        if args.language != "en":
+            raise DataError(f"--language {args.language}: NeuTTS is driven in English alone")
+        espeak()                                                    # where it is missing, that is said at once
+    base = load_pretrained(AutoModelForCausalLM, args.model, dtype=precision(device), device_map=device,
+                           quantization_config=quantization(args.quantize))
+    return tokenizer, add_adapters(base, r".*\.(q|k|v|o|gate|up|down)_proj", args.lora_rank, args.seed)
+
+
+def load_judges(args, device, first=True):
+    """The codec, the judge that rewards (None unless `first`), the second judge and the speaker model, all frozen."""
+    if args.judge == args.second_judge:
+        raise DataError("--second-judge must not be --judge: what is reported would be what was trained on")
+    codec = Codec(args.codec, device, args.offload)
+    judge = Judge(args.judge, device, args.offload, args.language, "--judge") if first else None
+    second = Judge(args.second_judge, device, args.offload, args.language, "--second-judge")
+    speaker = Speaker(args.speaker, device, args.offload)
+    for model, flag in ((judge, "--judge"), (second, "--second-judge"), (speaker, "--speaker")):
+        if model and model.rate != codec.rate:
+            raise DataError(f"{flag}: hears {model.rate} Hz, but the codec speaks {codec.rate} Hz")
+    return codec, judge, second, speaker
+
+
+@dataclass(eq=False)
+class Voice:
+    """A recording to go on from: what it says, as text, speech tokens and x-vector."""
+
+    name: str
+    text: str
+    codes: list          # speech tokens
+    vector: torch.Tensor  # (D,), unit length
+
+
+def load_voices(args, codec, speaker):
+    """The voices of --voices; after this the codec's encoder is not needed any more."""
+    clips = load_folder(args.voices, codec.rate, 0, args.skip_bad)
+    waves = [clip.waveform(codec.rate) for clip in clips]
+    voices = [Voice(c.voice or c.path.stem, c.text, codes.tolist(), vector)
+              for c, codes, vector in zip(clips, codec.encode(waves), speaker.embed(waves))]
+    codec.decoder_only()
+    return voices
+
+
+def cast(sentences, voices):
+    """Gives each sentence the voice that it names, else the next in turn by its place in the data."""
+    named = {v.name: v for v in voices}
+    return [replace(s, voice=named.get(s.voice, voices[i % len(voices)])) for i, s in enumerate(sentences)]
+
+
+def speech_tokens(tokenizer, codec, size):
+    """(size,) the codec's code of every token of the LLM's vocabulary, -1 for those that are not speech."""
+    vocabulary = tokenizer.get_vocab()
+    code = torch.full((max(size, max(vocabulary.values()) + 1),), -1)
+    for token, i in vocabulary.items():
+        if found := re.fullmatch(r"<\|(?:s|speech)_(\d+)\|>", token):
+            code[i] = int(found[1])
+    if code[code >= 0].sort().values.tolist() != list(range(codec.count)):
+        raise DataError(f"--model speaks {int((code >= 0).sum())} codes, up to {int(code.max())}, and --codec knows "
+                        f"{codec.count}: not made for each other")
+    return code
+
+
+def check_lengths(policy, tokenizer, sentences, voices, limit, codec):
+    """DataError where the longest prompt and the longest speech do not fit the LLM, or speech is bound to be cut."""
+    if limit < codec.tokens_per_s:
+        raise DataError(f"--max-seconds {limit / codec.tokens_per_s:g}: give a second of speech or more")
+    longest = max(sentences, key=lambda s: len(s.text))
+    ids = prompt_ids(tokenizer, [longest.text] * len(voices), voices).input_ids     # (voices, L)
+    room = getattr(policy.config, "max_position_embeddings", None) or float("inf")
+    if ids.shape[1] + limit > room:
+        raise DataError(f"the longest prompt has {ids.shape[1]} tokens, with {limit} of speech more than the {room} "
+                        "positions of the LLM: shorter recordings in --voices, or a lower --max-seconds")
+
+
+# ---- prompts and codes --------------------------------------------------------------------------------------
+
+def reads_phonemes(tokenizer):
+    """Whether this is the tokenizer of a NeuTTS, which is given phonemes, and not of a Llasa, which is given text."""
+    return tokenizer.convert_tokens_to_ids("<|speech_0|>") not in (None, tokenizer.unk_token_id)
+
+
+@functools.cache
+def espeak():
+    """phonemizer's espeak-ng for English, set as NeuTTS's own code sets it; DataError where it is not installed."""
+    try:
+        from phonemizer.backend import EspeakBackend
+        return EspeakBackend("en-us", preserve_punctuation=True, with_stress=True)
+    except (ImportError, RuntimeError):
+        raise DataError("NeuTTS reads phonemes: pip install phonemizer, and install espeak-ng") from None
+
+
+def phonemes(text):
+    """English text in IPA, with stress and punctuation."""
+    return " ".join(espeak().phonemize([text])[0].split())
+
+
+def prompt_ids(tokenizer, texts, voices):
+    """The prompts of Llasa or NeuTTS, zero-shot: the voice's text and the new one; the voice's speech tokens, to be
+    gone on."""
+    if reads_phonemes(tokenizer):
+        strings = [f"user: Convert the text to speech:<|TEXT_PROMPT_START|>{phonemes(voice.text)} {phonemes(text)}"
+                   f"<|TEXT_PROMPT_END|>\nassistant:{START}" + "".join(f"<|speech_{c}|>" for c in voice.codes)
+                   for text, voice in zip(texts, voices)]
+        return tokenizer(strings, return_tensors="pt", padding=True, add_special_tokens=False)
+    chats = [[{"role": "user", "content": "Convert the text to speech:<|TEXT_UNDERSTANDING_START|>"
+               f"{voice.text} {text}<|TEXT_UNDERSTANDING_END|>"},
+              {"role": "assistant", "content": START + "".join(f"<|s_{c}|>" for c in voice.codes)}]
+             for text, voice in zip(texts, voices)]
+    strings = tokenizer.apply_chat_template(chats, tokenize=False, continue_final_message=True,
+                                            date_string="26 Jul 2024")  # Llama's template would write today's
+    return tokenizer(strings, return_tensors="pt", padding=True, add_special_tokens=False)
+
+
+def make_prompts(policy, tokenizer, texts, voices):
+    """`texts` to be said in `voices`, a voice each: Prompts of B rows."""
+    inputs = prompt_ids(tokenizer, texts, voices).to(policy.device)
+    with torch.no_grad():
+        return Prompts(policy.get_input_embeddings()(inputs.input_ids), inputs.attention_mask)
+
+
+def codes_of(rollout, code):
+    """The codec's codes of each sample: its speech tokens; the stop token and stray text tokens have no sound."""
+    found = code.to(rollout.ids.device)[rollout.ids]                                # (N, T), -1 where not speech
+    return [row[row >= 0].numpy() for row in found.masked_fill(~rollout.mask, -1).cpu()]
+
+
+# ---- set up ----------------------------------------------------------------------------------------------------
+
+def set_up(args, name):
+    """(the run of chapter `name`, the Studio, the sentences to train on), checked, evaluated before any step."""
+    device = pick_device(args.device)
+    quiet()
+    tokenizer, policy = load(args, device)
+    codec, *judges = load_judges(args, device, first=getattr(args, "method", "grpo") != "diffro")
+    token2text = Token2Text(args.token2text, device, codec.count) if "token2text" in args else None
+    code = speech_tokens(tokenizer, codec, policy.config.vocab_size)
+    voices = load_voices(args, codec, judges[-1])
+    texts, tests = (cast(sentences, voices) for sentences in split_texts(args))
+    tests = tests * args.eval_samples
+    if getattr(args, "teach", "rollout") == "recording" and not all(t.codes for t in texts):
+        raise DataError('--teach recording needs the recordings as "tokens" in the metadata.jsonl of --data')
+    studio = Studio(args, tokenizer, policy, codec, *judges, token2text, code, voices, tests)
+    check_lengths(policy, tokenizer, texts + tests, voices, studio.limit, codec)
+    check(studio, texts)
+    run = Run(name, args, policy)
+    studio.due = [s.seconds * codec.tokens_per_s for s in tests]
+    with run.phase("evaluate"), policy.disable_adapter():
+        if not all(studio.due):
+            print("not every test text has a recording: lengths are compared with those before training")
+            studio.due = None
+        studio.before = evaluate(studio)
+        studio.due = studio.due or [len(s.codes) for s in studio.before[0]]
+    figures = studio.before[1]
+    if not args.resume:
+        run.begin(figures["wer"], eval=figures)
+    print(f"{'before any step' if args.resume else 'step 0'}: WER by the second judge {percent(figures['wer'])}, "
+          f"similarity {figures['similarity']:.3f}")
+    return run, studio, texts
+
+
+def check(studio, texts):
+    """self_check on the first texts: asked for another text in the same voice must move the log-probs."""
+    batch = [texts[i] for i in batch_indices(0, len(texts), studio.args.batch, studio.args.seed)]
+    said = [s.text for s in batch]
+    other = next((t.text for t in texts if t.text not in said), said[-1] + " " + said[0])
+    others = studio.prompts([replace(s, text=other) for s in batch])
+    self_check(studio.policy, studio.prompts(batch), others, studio.args, studio.limit, studio.end, "another text")
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------------
+
+def evaluate(studio):
+    """One sample at the training temperature of every test sentence: (Speech records, figures).
+
+    The seed is always the same, so that before and after, and all runs, differ in the weights alone. Lengths are
+    compared with `studio.due`, in tokens; None = with themselves.
+    """
+    args, codec, tests, speech = studio.args, studio.codec, studio.tests, []
+    for start in range(0, len(tests), EVAL_BATCH):
+        batch = tests[start:start + EVAL_BATCH]
+        rollout = sample(studio.policy, studio.prompts(batch), 1, studio.limit, studio.end, args.temperature,
+                         generator_for(0, start, studio.policy.device))
+        codes = codes_of(rollout, studio.code)
+        waves = codec.decode(codes)
+        speech += [Speech(*row) for row in zip([s.text for s in batch], codes, waves, studio.second.transcribe(waves),
+                                               rollout.truncated.tolist())]
+    if all(s.heard is None for s in speech):
+        raise DataError(f"--second-judge {args.second_judge}: failed on every test sentence")
+    alike = studio.speaker.embed([s.wave for s in speech]) @ torch.stack([v.vector for v in studio.voices]).T
+    similarity = alike[range(len(tests)), [studio.voices.index(s.voice) for s in tests]]                   # (N,)
+    figures = tts_metrics(speech, similarity.tolist(), studio.due or [len(s.codes) for s in speech], codec.tokens_per_s,
+                          codec.rate, args.language, studio.policy.device)
+    if studio.token2text:  # DiffRO's reward reads the same samples: a gap to the second judge that opens is hacking
+        own = asr_metrics([s.text for s in tests], studio.token2text.read([s.codes for s in speech]), (), args.language)
+        figures["token2text_wer"] = own["wer"]
+    return speech, figures
+
+
+def evaluate_step(run, studio):
+    """The evaluation after a step, into the log; the best adapter by the second judge's WER is kept."""
+    with run.phase("evaluate"):
+        figures = evaluate(studio)[1]
+    run.evaluated(figures["wer"], f"WER by the second judge {percent(figures['wer'])}, similarity "
+                  f"{figures['similarity']:.3f}, length {figures['length_ratio']:.2f}", eval=figures)
+
+
+# ---- what a run leaves behind ------------------------------------------------------------------------------------
+
+def speech_figures(speech, parts, judged, language):
+    """What the log says of N judged samples: every part of the reward, and how they are heard."""
+    heard = [s for s in speech if s.heard is not None]
+    return {**{name: float(part.nanmean()) for name, part in parts.items()},
+            "wer": 1 - sum(s.accuracy(language) for s in heard) / max(1, len(heard)),  # per sample, clipped at 1
+            "judge_failed": int((~judged).sum()), "empty": sum(s.heard == "" for s in speech) / len(speech)}
+
+
+def length_figures(codes, codec):
+    """What the log says of the speech tokens of N samples: how many, how long, how many in a loop."""
+    mean = float(torch.tensor([len(c) for c in codes]).float().mean())
+    return {"tokens": mean, "speech_s": mean / codec.tokens_per_s,
+            "repetition": sum(repeats(c, round(codec.tokens_per_s)) for c in codes) / len(codes)}
+
+
+def finish(run, studio, listened=10):
+    """Evaluates the best adapter; table, transcripts, times, the page to listen to, summary.json."""
+    load_adapter(run.policy, run.folder / "adapter")
+    with run.phase("evaluate"):
+        after = evaluate(studio)
+    before, language = studio.before, studio.args.language
+    print_tts_table(before[1], after[1])
+    heard = [[s.heard or "" for s in found[0]] for found in (before, after)]
+    print_transcripts([s.text for s in before[0]], *heard, language)
+    print_times(run.phase, run.state["step"])
+    rows = [{"text": b.text, "voice": s.voice.name, "before": {"wave": b.wave, "heard": b.heard or ""},
+             "after": {"wave": a.wave, "heard": a.heard or ""}}
+            for s, b, a in list(zip(studio.tests, before[0], after[0]))[:listened]]
+    title = f"Before and after {run.state['best_step']} steps"
+    print(f"to listen: {write_page(run.folder / 'samples', rows, studio.codec.rate, title, language)}")
+    run.finish("WER by the second judge, sampled, best adapter", before[1]["wer"], after[1]["wer"],
+               {"before": before[1], "after": after[1]})

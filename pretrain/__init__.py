@@ -1,0 +1,1 @@
+"""How the embedded models and data were made: python -m pretrain. Running the chapters needs none of it."""

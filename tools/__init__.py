@@ -1,0 +1,1 @@
+"""What stands beside the chapters: python -m tools.prepare, use, reproduce, measure, plot."""

@@ -1,0 +1,183 @@
+"""What fits on a card, and how long a step takes: each chapter's own script, timed by its own log.
+
+    python -m tools.measure grpo_asr                                        the embedded models on this machine
+    python -m tools.measure grpo_asr --size real --gib 8 --quantize 8bit --group 8 --micro 8 --max-tokens 48
+    python -m tools.measure grpo_tts --size real --gib 8 --quantize 8bit --group 4 --micro 2 --offload
+
+--size real builds models of the published checkpoints' size with random weights (build/real, once, 6 GB) and runs the
+script on them: Fun-ASR-Nano (0.8B) on clips of --seconds (10); for speech Llasa-1B (1.4B), Xcodec2, WavLM-base and
+Fun-ASR-Nano as both judges. Random weights cost what trained ones cost, except that nothing ends early: every sample
+has all of --max-tokens, or of --max-seconds. --gib caps what torch may take to that of a smaller card, less 0.7 GiB
+for CUDA's own context. A line is added to --log: seconds a step by phase (medians of the second half of the steps: in
+the first a GPU still picks kernels and gets memory) and peak GiB by phase, or the script's last word where it ran out.
+Other flags go to the script.
+"""
+import argparse
+import functools
+import importlib
+import json
+import shutil
+from pathlib import Path
+from statistics import median
+
+REAL = Path("build/real")
+CONTEXT = 0.7  # GiB that CUDA keeps for itself
+
+
+def parse_args(argv=None):
+    """What to time, at which size; what it does not know goes to the script."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("script", choices=["grpo_asr", "grpo_tts", "diffro_tts"])
+    p.add_argument("--size", choices=["embedded", "real"], default="embedded")
+    p.add_argument("--gib", type=float, help="pretend that the GPU has this much memory")
+    p.add_argument("--seconds", type=int, default=10, help="length of the clips at real size (default: 10)")
+    p.add_argument("--steps", type=int, default=12, help="half to warm up, the others timed (default: 12)")
+    p.add_argument("--log", default="docs/runs/figure2.jsonl", metavar="FILE", help="(default: %(default)s)")
+    args, args.flags = p.parse_known_args(argv)
+    if args.script == "diffro_tts" and args.size == "real":
+        p.error("--size real has no Token2Text: none of that size is published")
+    if args.seconds != 10 and (args.script, args.size) != ("grpo_asr", "real"):
+        p.error("--seconds is the length of the clips of grpo_asr --size real; speech has --max-seconds")
+    if args.steps < 2:
+        p.error("--steps must be 2 or more: half of them warm up")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and typing errors answer at once, before torch loads
+
+import numpy as np
+import soundfile as sf
+import torch
+import transformers as hf
+
+from data import load_folder
+
+
+def shell(name, folder):
+    """The files of checkpoints/NAME but for the model's own, in `folder`."""
+    shutil.copytree(Path("checkpoints") / name, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+
+
+def build_asr(folder):
+    """Fun-ASR-Nano at its published size, 0.83B, behind the embedded processor."""
+    small = hf.AutoConfig.from_pretrained("checkpoints/asr")
+    config = hf.FunAsrNanoConfig(audio_token_id=small.audio_token_id)
+    shell("asr", folder)
+    save(hf.FunAsrNanoForConditionalGeneration, config, folder)
+
+
+def build_tts(folder):
+    """Llasa-1B: Llama 3.2 1B with a vocabulary of 193,800, 65,536 of them speech; 1.4B."""
+    shell("tts", folder)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<|s_{i}|>" for i in range(65_536)])
+    tokenizer.save_pretrained(folder)
+    small = hf.AutoConfig.from_pretrained("checkpoints/tts")
+    config = hf.LlamaConfig(vocab_size=193_800, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                            num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+                            max_position_embeddings=8192, rms_norm_eps=1e-5, eos_token_id=small.eos_token_id)
+    speech = [i for token, i in tokenizer.get_vocab().items() if token.startswith("<|s_")]
+    save(hf.LlamaForCausalLM, config, folder, speech)
+
+
+def build_codec(folder):
+    """Xcodec2 at its published size: 50 tokens a second."""
+    shell("codec", folder)
+    extractor = hf.AutoFeatureExtractor.from_pretrained(folder)
+    extractor.hop_length = 320
+    extractor.save_pretrained(folder)
+    save(hf.Xcodec2Model, hf.Xcodec2Config(), folder)
+
+
+def build_speaker(folder):
+    """WavLM-base with an x-vector head, as microsoft/wavlm-base-plus-sv."""
+    shell("speaker", folder)
+    save(hf.WavLMForXVector, hf.WavLMConfig(), folder)
+
+
+def save(model_class, config, folder, speech=()):
+    """Random weights in bf16; `speech` rows of the embedding are large, so that speech is what is sampled."""
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = model_class(config)
+    if speech:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[speech] *= 3
+    if (folder / "generation_config.json").exists():
+        model.generation_config = hf.GenerationConfig.from_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def build_clips(folder, count, seconds, rate=16_000):
+    """`count` clips of `seconds`, each made of several of d0, with what is said in them."""
+    (folder / "audio").mkdir(parents=True)
+    clips = sorted((u for u in load_folder("data/d0") if u.text), key=lambda u: u.path)
+    with open(folder / "metadata.jsonl", "w") as table:
+        for i in range(count):
+            wave, text = np.zeros(0, dtype=np.float32), []
+            while len(wave) < seconds * rate:
+                clip = clips.pop()
+                wave, text = np.concatenate([wave, clip.waveform(rate)]), [*text, clip.text]
+            sf.write(folder / "audio" / f"{i:02}.wav", wave[:seconds * rate], rate)
+            table.write(json.dumps({"file_name": f"audio/{i:02}.wav", "text": " ".join(text)}) + "\n")
+
+
+def real(script, seconds):
+    """The flags that put a script on models of real size, which are built where they are missing."""
+    clips, test = f"clips{seconds}", f"test{seconds}"
+    makers = {"asr": build_asr, clips: functools.partial(build_clips, count=24, seconds=seconds),
+              test: functools.partial(build_clips, count=32, seconds=seconds)}
+    if script != "grpo_asr":
+        makers |= {"tts": build_tts, "codec": build_codec, "speaker": build_speaker}
+    for name, make in makers.items():
+        if not (REAL / name).exists():
+            print(f"build {REAL / name}", flush=True)
+            shutil.rmtree(REAL / "half", ignore_errors=True)
+            make(REAL / "half")
+            (REAL / "half").rename(REAL / name)
+    if script == "grpo_asr":
+        return ["--model", REAL / "asr", "--data", REAL / clips, "--test", REAL / test]
+    if not (REAL / "asr2").exists():
+        (REAL / "asr2").symlink_to("asr")
+    texts = REAL / "texts.txt"
+    lines = Path("data/tts/test/metadata.jsonl").read_text().splitlines()[:4]
+    texts.write_text("".join(json.loads(line)["text"] + "\n" for line in lines))
+    return ["--model", REAL / "tts", "--codec", REAL / "codec", "--judge", REAL / "asr", "--second-judge",
+            REAL / "asr2", "--speaker", REAL / "speaker", "--test", texts]
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    models = real(args.script, args.seconds) if args.size == "real" else []
+    flags = [*models, "--steps", args.steps, "--eval-every", 0, *args.flags]
+    if args.gib:
+        total = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (args.gib - CONTEXT) / total))
+    out = Path("runs/measure")
+    shutil.rmtree(out, ignore_errors=True)
+    named = [*args.flags, *(["--seconds", str(args.seconds)] if args.seconds != 10 else [])]
+    row = {"script": args.script, "size": args.size, "gib": args.gib, "flags": " ".join(named)}
+    try:
+        importlib.import_module(args.script).main([*map(str, flags), "--out", str(out)])
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        row["failed"] = str(stop.code)
+    if (out / "log.jsonl").exists():
+        header, *rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        row |= {"device": header["device"], "dtype": header["dtype"], "commit": header["commit"]}
+        steps = [r for r in rows if "seconds" in r and "kl" in r and r["step"] >= args.steps // 2]
+        if steps:
+            row["steps"] = args.steps
+            row["seconds"] = {k: round(median(r["seconds"][k] for r in steps), 4) for k in steps[0]["seconds"]}
+            row["peak_gib"] = round(steps[-1]["peak_memory_gib"], 2)
+            row["peak_by_phase_gib"] = {k: round(v, 2) for k, v in steps[-1]["peak_by_phase_gib"].items()}
+    print(json.dumps(row))
+    Path(args.log).parent.mkdir(parents=True, exist_ok=True)
+    with open(args.log, "a") as log:
+        log.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

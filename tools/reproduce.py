@@ -1,0 +1,327 @@
+"""The paper's experiments at reduced scale: runs what is missing in docs/runs, then draws tables and pictures from it.
+
+    python -m tools.reproduce                      tables and pictures from docs/runs, no training
+    python -m tools.reproduce --table 1            ASR: rewards and data, three seeds a row; 1-bf16, 1-8bit: on a GPU
+    python -m tools.reproduce --table 2            TTS: GRPO, DiffRO and both, three seeds a row; 2-lr1e-3: faster GRPO
+    python -m tools.reproduce --table 3            TTS: the defaults, then one flag changed a row; ours, not the paper's
+    python -m tools.reproduce --figure 2           seconds a step by phase, here; on a GPU at real size too
+    python -m tools.reproduce --figure 3           four methods over 1,500 steps; 3-lr1e-3: faster GRPO
+    python -m tools.reproduce --table 1 --quick    two small steps of one seed into runs/quick, to see that all works
+
+A row is a script and its flags; a run is a row and a seed. A finished run is one line of docs/runs/table1.jsonl: the
+arguments that are not the script's defaults, commit, device, summary.json, and the curves of its log, those of training
+thinned to 25 points, each the mean over a bin of steps. A run that has a line is not repeated; its whole log stays in
+runs/reproduce. Tables go between <!-- table1 --> and <!-- end --> of README.md and docs/*.md, pictures into
+docs/pictures; with --results DIR lines and pictures are DIR's and tables are printed. Flags that are not known here go
+to every script behind its own: `--table 2 --batch 4 --results runs/mine`.
+"""
+import argparse
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+from tools import plot
+
+# of the paper: B 16, G 8, 1,500 steps; B 8 for the long runs, which would take twice as long
+TABLE2 = "--batch 16 --micro 64 --eval-every 100 --eval-samples 8"
+TABLE3 = "--eval-every 25 --eval-samples 8"
+FIGURE3 = "--steps 1500 --batch 8 --micro 64 --eval-every 100 --eval-samples 4"
+BOTH = "--method grpo+diffro"
+
+
+def by_rewards(name, script, flags):
+    """Three rows that differ in their rewards."""
+    return {f"{name}, {short}": (script, f"{flags} --rewards {rewards}")
+            for short, rewards in {"R1": "R1", "R1,2": "R1,R2", "R1,2,3": "R1,R2,R3"}.items()}
+
+
+ROWS = {  # {table or figure: {name of the row: (script, flags)}}
+    "table1": {
+        "supervised": ("grpo_asr.py", "--supervised"),
+        **by_rewards("GRPO", "grpo_asr.py", ""),
+        **{name: ("grpo_asr.py", f"--rewards R1,R2,R3 --data {data}") for name, data in {
+            "D1, hard cases": "data/d1", "D2, short": "data/d2_short", "D2, long": "data/d2_long",
+            "D3, keywords": "data/d3", "D0 to D3": "data/d0 data/d1 data/d2_short data/d2_long data/d3"}.items()},
+    },
+    "table1-8bit": {"GRPO, R1": ("grpo_asr.py", "--device cuda --quantize 8bit")},
+    "table2": {
+        **by_rewards("GRPO", "grpo_tts.py", TABLE2),
+        "DiffRO": ("diffro_tts.py", TABLE2),
+        **by_rewards("GRPO + DiffRO", "diffro_tts.py", f"{TABLE2} {BOTH} --filter none"),
+        **by_rewards("+ filter", "diffro_tts.py", f"{TABLE2} {BOTH}"),
+    },
+    "table2-lr1e-3": by_rewards("GRPO", "grpo_tts.py", f"{TABLE2} --lr 1e-3"),
+    "table3": {
+        "GRPO": ("grpo_tts.py", TABLE3),
+        "DiffRO": ("diffro_tts.py", TABLE3),
+        "DiffRO, B 16, G 1": ("diffro_tts.py", f"{TABLE3} --batch 16 --group 1"),
+        "DiffRO, B 32, G 1": ("diffro_tts.py", f"{TABLE3} --batch 32 --group 1 --micro 32"),
+        **{f"DiffRO, {flag}": ("diffro_tts.py", f"{TABLE3} --{flag}")
+           for flag in ("tau 0.5", "tau 2", "hard", "beta 0.01", "lr 1e-4", "lr 1e-3")},
+        "DiffRO over recordings, B 16": ("diffro_tts.py", f"{TABLE2} --teach recording"),
+        **{f"GRPO + DiffRO + filter, lambda {weight}": ("diffro_tts.py", f"{TABLE3} {BOTH} --weight {weight}")
+           for weight in ("0.3", "1", "3")},
+    },
+    "figure3": {
+        "GRPO": ("grpo_tts.py", FIGURE3),
+        "DiffRO": ("diffro_tts.py", FIGURE3),
+        "GRPO + DiffRO": ("diffro_tts.py", f"{FIGURE3} {BOTH} --filter none"),
+        "GRPO + DiffRO + filter": ("diffro_tts.py", f"{FIGURE3} {BOTH}"),
+    },
+    "figure3-lr1e-3": {"GRPO": ("grpo_tts.py", f"{FIGURE3} --lr 1e-3")},
+}
+ROWS["table1-bf16"] = {name: (script, f"{flags} --device cuda") for name, (script, flags) in ROWS["table1"].items()}
+
+RUNS, PICTURES = Path("docs/runs"), Path("docs/pictures")
+PHASES = ("encode", "rollout", "decode", "reward", "update")
+ASR_COLUMNS = {  # column: (test set, metric), %
+    "short WER": ("short", "wer"), "short ins": ("short", "insertions"), "long WER": ("long", "wer"),
+    "long ins": ("long", "insertions"), "keywords WER": ("keywords", "wer"), "keywords F1": ("keywords", "keyword_f1"),
+    "source WER": ("source", "wer"), "noise invented": ("noise", "hallucination_rate")}
+TTS_COLUMNS = {"WER, %": ("wer", 100), "SS": ("similarity", 1), "length": ("length_ratio", 1),
+               "F0 spread": ("f0_spread", 1), "never stopped, %": ("truncated", 100)}
+DIGITS = {"SS": 3, "length": 3, "F0 spread": 2}                  # behind the point; 1 in all other columns
+DOTS = {  # tables that are drawn too: their columns
+    "table1": ["short WER", "long WER", "long ins", "keywords F1", "noise invented"],
+    **dict.fromkeys(("table2", "table3"), ["WER, %", "SS", "length", "F0 spread"])}
+CURVES = {  # picture of curves: (where its runs are, rows)
+    "figure3": ("figure3", ROWS["figure3"]), "figure3-lr1e-3": ("figure3-lr1e-3", ["GRPO"]),
+    "asr_curves": ("table1", ["GRPO, R1"]), "tts_curves": ("table3", ["GRPO", "DiffRO", "DiffRO, B 32, G 1"]),
+    "diffro_beta": ("table3", ["DiffRO", "DiffRO, beta 0.01"])}
+
+
+def parse_args(argv=None):
+    """What to run and where; what it does not know goes to every script."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--table", choices=["1", "1-bf16", "1-8bit", "2", "2-lr1e-3", "3"], help="run what is missing of it")
+    p.add_argument("--figure", choices=["2", "3", "3-lr1e-3"], help="measure 2 here, or run what is missing of 3")
+    p.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of it")
+    p.add_argument("--seeds", type=int, nargs="+", help="(default: 1 2 3 for a table, 1 for a figure)")
+    p.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1; 8 to 12 on a large GPU)")
+    p.add_argument("--quick", action="store_true", help="two small steps of one seed, into runs/quick")
+    p.add_argument("--results", type=Path, default=RUNS, metavar="DIR", help="(default: %(default)s)")
+    args, args.flags = p.parse_known_args(argv)   # what is left goes to every script: --device cpu, --batch 4
+    args.what = f"table{args.table}" if args.table else f"figure{args.figure}" if args.figure else None
+    if unknown := set(args.rows or ()) - set(ROWS.get(args.what, ())):
+        p.error(f"no such row: {', '.join(unknown)}; one of {', '.join(map(repr, ROWS.get(args.what, ())))}")
+    if args.flags and not args.what:
+        p.error(f"{' '.join(args.flags)}: flags for the scripts need --table or --figure")
+    args.seeds = args.seeds or ([1] if args.figure or args.quick else [1, 2, 3])
+    args.results = Path("runs/quick") if args.quick else args.results
+    return args
+
+
+def read_lines(path):
+    """What a JSON-lines file holds; a line that was cut off, the writer killed or the disk full, is named, not read."""
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            print(f"{path}: line {number} was cut off and does not count; delete it")
+    return lines
+
+
+def append_line(path, line):
+    """Adds a line to a JSON-lines file, below one that was cut off, not behind it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut = path.exists() and not path.read_text().endswith("\n")
+    with open(path, "a") as file:
+        file.write("\n" * cut + json.dumps(line) + "\n")
+
+
+def runs_of(results, what):
+    """{row: lines of its runs, by seed} of a table or figure, those that are there; the last of several counts."""
+    lines = {(line["row"], line["seed"]): line for line in read_lines(results / f"{what}.jsonl")}
+    for line in lines.values():
+        line["curve"] = {key: {int(step): value for step, value in at.items()} for key, at in line["curve"].items()}
+    return {name: runs for name in ROWS[what] if (runs := [lines[run] for run in sorted(lines) if run[0] == name])}
+
+
+def line_of(folder, name, seed, script):
+    """The line of a finished run. What its script takes today only shortens it: other flags stay as they were."""
+    header, rows = plot.read_log(folder)
+    defaults = vars(importlib.import_module(script.removesuffix(".py")).parse_args([]))
+    arguments = {key: value for key, value in header["arguments"].items()
+                 if key not in ("seed", "out", "resume", "device") and (key not in defaults or value != defaults[key])}
+    return {"row": name, "seed": seed, "script": script, "arguments": arguments,
+            **{key: header[key] for key in ("commit", "versions", "device", "dtype")},
+            "summary": json.loads((folder / "summary.json").read_text()), "curve": plot.curves(rows)}
+
+
+def small_tests(folder):
+    """Flags of --quick, by script: two steps, and two clips or texts of every test set."""
+    for source in [*Path("data/test").iterdir(), Path("data/tts/test")]:
+        table = folder / source.relative_to("data") / "metadata.jsonl"
+        table.unlink(missing_ok=True)
+        for row in read_lines(source / "metadata.jsonl")[:2]:
+            append_line(table, row | {"file_name": str((source / row["file_name"]).resolve())})
+    steps = ["--steps", "2", "--batch", "2", "--group", "2", "--micro", "2", "--test"]
+    speech = [*steps, f"{folder}/tts/test", "--eval-samples", "1"]
+    return {"grpo_asr.py": [*steps, *map(str, sorted((folder / "test").iterdir()))],
+            "grpo_tts.py": speech, "diffro_tts.py": speech}
+
+
+def run(args, small, name, seed):
+    """One run to its end; returns its folder and exit status."""
+    script, flags = ROWS[args.what][name]
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{args.results} {args.what} {name}".lower()).strip("-")
+    folder = Path("runs/reproduce", f"{slug}-seed{seed}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, script, *flags.split(), "--seed", str(seed), "--out", str(folder),
+               *small.get(script, []), *args.flags]
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs)), **os.environ}          # a set one stays
+    with open(f"{folder}.txt", "w") as output:
+        return folder, subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=threads).returncode
+
+
+def run_missing(args):
+    """Runs every (row, seed) that has no line, `jobs` at a time; SystemExit names those that failed."""
+    failed, there = [], {(line["row"], line["seed"]) for line in read_lines(args.results / f"{args.what}.jsonl")}
+    todo = [(name, seed) for seed in args.seeds for name in ROWS[args.what]
+            if (name, seed) not in there and (not args.rows or name in args.rows)]
+    small = small_tests(Path("runs/quick-tests")) if args.quick else {}
+    print(f"{len(todo)} runs, {args.jobs} at a time", flush=True)
+    with ThreadPool(args.jobs) as pool:
+        for (name, seed), (folder, status) in pool.imap_unordered(lambda each: (each, run(args, small, *each)), todo):
+            if status:
+                failed.append(f"{folder}.txt")
+                continue
+            line = line_of(folder, name, seed, ROWS[args.what][name][0])
+            append_line(args.results / f"{args.what}.jsonl", line)
+            print(f"{name}, seed {seed}: {line['summary']['seconds']:.0f} s, {folder}", flush=True)
+    if failed:
+        sys.exit(f"error: {len(failed)} runs failed; their last words are in {', '.join(failed)}")
+
+
+def measure_all(args):
+    """Figure 2: what docs/runs has of it, measured here too, one at a time: on a GPU all, else what a CPU did."""
+    import torch
+
+    failed = []
+    rows = [row for row in read_lines(RUNS / "figure2.jsonl") if "seconds" in row]
+    for command in dict.fromkeys(f"{row['script']} --size {row['size']} --steps {row['steps']} {row['flags']}"
+                                 + (f" --gib {row['gib']:g}" if row["gib"] else "") for row in rows
+                                 if torch.cuda.is_available() or row["device"].startswith("cpu")):
+        print(command, flush=True)
+        if subprocess.run([sys.executable, "-m", "tools.measure", *command.split(), *args.flags,
+                           "--log", f"{args.results}/figure2.jsonl"], stdout=subprocess.DEVNULL).returncode:
+            failed.append(command)
+    if failed:
+        sys.exit(f"error: {len(failed)} measurements failed: {'; '.join(failed)}")
+
+
+def metrics(line, when):
+    """{column: value} of a run "before" or "after". Recognition: the best adapter by `short`, greedily; %. Speech:
+    sampled at temperature 1, after the last step."""
+    if line["script"] == "grpo_asr.py":
+        return {c: 100 * line["summary"]["test"][s][when][key] for c, (s, key) in ASR_COLUMNS.items()}
+    end = 0 if when == "before" else -1
+    return {c: scale * list(line["curve"][f"eval_{key}"].values())[end] for c, (key, scale) in TTS_COLUMNS.items()}
+
+
+def rows_of(runs):
+    """A table as {row: [{column: value} of every seed]}; no RL, as each run saw it before its first step."""
+    return {"no RL": [metrics(line, "before") for lines in runs.values() for line in lines],
+            **{name: [metrics(line, "after") for line in lines] for name, lines in runs.items()}}
+
+
+def mean_and_range(values, digits):
+    """"12.3 (11.8 to 13.0)": the mean, and lowest and highest where they differ."""
+    mean, low, high = (f"{v:.{digits}f}" for v in (sum(values) / len(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def as_table(head, rows):
+    """Lists of cells as a Markdown table."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, ["---"] * len(head), *rows])
+
+
+def markdown(rows):
+    """Rows as a Markdown table: the mean, and lowest and highest where there are several seeds."""
+    columns = list(rows["no RL"][0])
+    return as_table(["", "seeds", *columns], [
+        [name, "" if name == "no RL" else str(len(runs)),
+         *(mean_and_range([run[c] for run in runs], DIGITS.get(c, 1)) for c in columns)]
+        for name, runs in rows.items()])
+
+
+def phase_rows(results):
+    """Figure 2 as {what ran and where: its line of figure2.jsonl}; the last of several counts."""
+    def label(row):
+        flags = re.sub(r"--(test|max-tokens) \S+ ?", "", row["flags"]).strip()
+        cap = f"under {row['gib']:g} GiB" if row["gib"] else ""
+        device = re.sub(r"cpu, (\d+) threads", r"\1 CPU cores", row["device"]).removeprefix("NVIDIA ").split(" 80GB")[0]
+        return " ".join(filter(None, [row["script"], row["size"], flags, cap, f"on {device}"]))
+
+    rows = [row for row in read_lines(results / "figure2.jsonl") if "seconds" in row]
+    rows.sort(key=lambda row: (row["size"], row["script"], row["device"], row["gib"] or 0))
+    return {label(row): row for row in rows}
+
+
+def phase_table(rows):
+    """Figure 2 as Markdown: seconds by phase, their sum, peak GiB."""
+    phases = [phase for phase in PHASES if any(phase in row["seconds"] for row in rows.values())]
+    return as_table(["", *phases, "s a step", "peak GiB"], [
+        [name, *(f"{row['seconds'][p]:.2f}" if p in row["seconds"] else "" for p in phases),
+         f"{sum(row['seconds'].values()):.2f}", f"{row['peak_gib']:.1f}"] for name, row in rows.items()])
+
+
+def make_tables(runs, phases):
+    """{its mark: Markdown} of every table for which there are lines."""
+    tables = {what: markdown(rows_of(rows)) for what, rows in runs.items() if rows and "table" in what}
+    return tables | ({"figure2": phase_table(phases)} if phases else {})
+
+
+def draw_pictures(runs, phases, folder):
+    """Every picture for which there are lines; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for what, columns in DOTS.items():
+        if runs[what]:
+            rows = rows_of(runs[what])
+            panels = {c: {name: [run[c] for run in each] for name, each in rows.items()} for c in columns}
+            drawn.append(plot.draw_rows(panels, folder / f"{what}.png"))
+    for picture, (what, names) in CURVES.items():
+        if groups := {name: [line["curve"] for line in runs[what][name]] for name in names if name in runs[what]}:
+            drawn.append(plot.draw(groups, folder / f"{picture}.png"))
+    if phases:
+        drawn.append(plot.draw_phases({n: row["seconds"] for n, row in phases.items()}, PHASES, folder / "figure2.png"))
+    return drawn
+
+
+def refresh(page, tables):
+    """Puts the tables into a Markdown file: each between <!-- its mark --> and <!-- end -->."""
+    old = page.read_text()
+    new = re.sub(rf"(<!-- ({'|'.join(tables)}) -->\n)[^<]*(?=<!-- end -->)", lambda m: m[1] + tables[m[2]], old)
+    if new != old:
+        page.write_text(new)
+
+
+def main(argv=None):
+    """Runs what is asked for and missing, then writes all tables and pictures."""
+    args = parse_args(argv)
+    if args.what == "figure2":
+        measure_all(args)
+    elif args.what:
+        run_missing(args)
+    runs, phases = {what: runs_of(args.results, what) for what in ROWS}, phase_rows(args.results)
+    tables = make_tables(runs, phases)
+    if args.results == RUNS:
+        for page in [Path("README.md"), *sorted(Path("docs").glob("*.md"))]:
+            refresh(page, tables)
+    else:
+        print("\n".join(tables.values()))
+    for path in draw_pictures(runs, phases, PICTURES if args.results == RUNS else args.results):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
