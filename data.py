@@ -13,7 +13,8 @@ import functools
 import json
 import os
 import sys
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ class Utterance:
     voice: str = ""
     snr_db: float | None = None
     seconds: float = 0.0
+    listed: tuple | None = None  # the keyword list of its prompt, words among them that are not said
 
     def waveform(self, rate):
         """float32 (samples,) at `rate` Hz, mono."""
@@ -196,6 +198,21 @@ def split_texts(args):
     return texts, tests
 
 
+def with_lists(utterances, pool, count, seed):
+    """The utterances with keyword lists for their prompts: their own and `count` others of `pool` that are not said, in
+    random order, a function of the seed and the file alone. Without such distractors a list gives the answer away and
+    a keyword reward has nothing to teach (arXiv 2512.21828)."""
+    pool, found = sorted(set(pool)), []
+    for u in utterances:
+        rng = np.random.default_rng([seed, zlib.crc32(str(u.path.name).encode()), zlib.crc32(u.text.encode())])
+        said = f" {normalize_text(u.text)} "
+        others = [k for k in pool if k not in u.keywords and f" {normalize_text(k)} " not in said]
+        drawn = rng.choice(len(others), size=min(count, len(others)), replace=False)
+        words = [*u.keywords, *(others[i] for i in drawn)]
+        found.append(replace(u, listed=tuple(words[i] for i in rng.permutation(len(words)))))
+    return found
+
+
 def split_clips(args, rate):
     """(utterances of --data, {name: utterances} of --test, the name of the set that chooses the best adapter).
 
@@ -218,6 +235,12 @@ def split_clips(args, rate):
         print(f"no --test given: {held} utterances of --data are held out as the test set")
     if len(train) < args.batch:
         raise DataError(f"{len(train)} utterances to train on, fewer than --batch {args.batch}")
+    if args.hotwords is not None:
+        pool = {k for u in train for k in u.keywords}
+        if not pool:
+            raise DataError("--hotwords needs keywords, and --data has none in its metadata.jsonl")
+        train = with_lists(train, pool, args.hotwords, args.seed)
+        tests = {name: with_lists(test, pool, args.hotwords, args.seed) for name, test in tests.items()}
     spoken = [name for name in tests if any(normalize_text(u.text, args.language) for u in tests[name])]
     if not spoken:
         raise DataError("no test set with words in it: the best adapter is chosen by WER, which needs some")

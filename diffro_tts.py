@@ -1,17 +1,19 @@
 """Chapter 3: DiffRO, a differentiable reward for text-to-speech, alone and beside GRPO (arXiv 2509.18569).
 
 No waveform, no judge, no policy gradient: a Gumbel-softmax sample of the LLM's own distribution goes into a frozen
-Token2Text model as a mixture of embeddings, and the gradient of log P(text | speech) flows back through the mixture.
+Token2Text model as embeddings, and the gradient of log P(text | speech) flows back through the softmax.
 
-    Eq. 4   U~_t = softmax((log pi_theta(. | q, o_<t) + g_t) / tau),  g Gumbel noise, over the speech tokens     [DR]
-    Eq. 5   R_i = 1/|y| sum_j log P(y_j | U~_i, y_<j)                the Token2Text model's reading of the text  [DR]
+    Eq. 4   o~_t = GumbelSoftmax_hard(pi_theta(. | q, o_<t); tau)    one-hot, over the speech tokens           [paper]
+            --soft: softmax((log pi_theta + g_t) / tau), g Gumbel noise                                      [DR, CV3]
+    Eq. 5   R_i = log P(y | o~_i) / |y|                              the Token2Text model's reading            [paper]
     Eq. 6   KL_it = sum_v pi_theta(v) log(pi_theta(v) / pi_ref(v))   over the whole vocabulary                   [CV3]
-    Eq. 7   L = -mean_i keep_i (R_i - beta mean_t KL_it)             keep_i: the sample filter              [paper, DR]
-            L = L_GRPO + lambda L_DiffRO, keep_i = A_i > 0           GRPO + DiffRO with the filter               [paper]
+    Eq. 7   L = -mean_i keep_i (R_i - beta mean_t KL_it)             keep_i: the sample filter                 [paper]
+            L = L_GRPO + lambda L_DiffRO, keep_i = A_i > 0           GRPO + DiffRO with the filter             [paper]
 
-The pass is teacher-forced: o are fixed tokens (a rollout, or a recording's), and only the reward model sees U~. [paper]
-is arXiv 2509.18569, [DR] arXiv 2507.05911, [CV3] arXiv 2505.17589, [choice] ours; lambda is published nowhere. Left
-out: the multi-task rewards of [DR] (emotion, quality, ...).
+The pass is teacher-forced: o are fixed tokens (a rollout, or a recording's), and only the reward model sees o~. [paper]
+is arXiv 2509.18569, [DR] arXiv 2507.05911, [CV3] arXiv 2505.17589, [choice] ours: the 1/|y| of Eq. 5, lambda, and that
+in the sum each loss keeps its own KL, so that the filter's samples feel it twice. DiffRO alone takes B 16 texts, one
+sample each, as in the paper. Left out: the multi-task rewards of [DR] (emotion, quality, ...).
 
     python diffro_tts.py --steps 200
     python diffro_tts.py --steps 200 --method grpo+diffro --filter positive --rewards R1,R2
@@ -31,7 +33,15 @@ import torch
 from data import batch_indices
 from engine.report import group_figures, rollout_figures, speech_row
 from engine.run import launch
-from engine.sampling import as_rollout, completion_logits, generator_for, micro_batches, sample, token_logprobs
+from engine.sampling import (
+    as_rollout,
+    completion_logits,
+    generator_for,
+    micro_batches,
+    reference,
+    sample,
+    token_logprobs,
+)
 from engine.speech import codes_of, evaluate_step, finish, length_figures, set_up, speech_figures
 from grpo_asr import grpo_loss
 from grpo_tts import judged_advantages
@@ -43,13 +53,14 @@ from rewards import Speech, tts_reward
 
 # ---- the equations ---------------------------------------------------------------------------------------------
 
-def soft_tokens(logits, tau=1.0, hard=False, generator=None):
-    """Eq. 4: Gumbel-softmax samples U~ of speech tokens, (N, T, V) -> (N, T, V), every row a distribution.
+def soft_tokens(logits, tau=1.0, hard=True, generator=None):
+    """Eq. 4: Gumbel-softmax samples o~ of speech tokens, (N, T, V) -> (N, T, V), every row a distribution: one-hot with
+    the softmax's gradient (straight-through) [paper]; the softmax itself where not `hard` [DR, CV3].
 
     `logits` are those of the speech tokens alone. The stop token and the text tokens have no row in the reward model,
-    so they take no part: whatever mass the LLM gives them, U~ is a sample given that speech goes on, and no gradient
+    so they take no part: whatever mass the LLM gives them, o~ is a sample given that speech goes on, and no gradient
     of the reward reaches the probability of stopping. What holds that probability is the KL, and GRPO where it runs
-    beside. tau -> 0 tends to one-hot samples; `hard` is one-hot forward, soft backward (straight-through).
+    beside. tau -> 0 tends to one-hot samples.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     noise = torch.empty_like(logits).exponential_(generator=generator).clamp(min=1e-30)
@@ -61,7 +72,7 @@ def soft_tokens(logits, tau=1.0, hard=False, generator=None):
 
 
 def text_logprob(model, soft, mask, text_ids, text_mask):
-    """Eq. 5, the reward: mean over text tokens of log P(y_j | U~, y_<j), (N,), differentiable in `soft`.
+    """Eq. 5, the reward: mean over text tokens of log P(y_j | o~, y_<j), (N,), differentiable in `soft`.
 
     `soft` (N, T, V) goes in as soft @ embedding, so that one-hot rows are read like tokens; positions where `mask`
     (N, T) is false, those after the end of speech, are not read. `text_ids` (N, S) are the reward model's own tokens.
@@ -118,9 +129,9 @@ def train(args):
         if grpo:
             # 3 reward: the waveforms and the judge, for GRPO alone
             with run.phase("decode"):
-                waves = codec.decode(codes)
+                waves = studio.waves(codes)
             with run.phase("reward"):
-                speech = [Speech(*row) for row in zip(text_of, codes, waves, studio.judge.transcribe(waves),
+                speech = [Speech(*row) for row in zip(text_of, codes, waves, studio.heard(codes, waves),
                                                       rollout.truncated.tolist())]
                 reward, parts, judged = tts_reward(speech, args.group, rewards, args.language, codec.rate,
                                                    device)                          # (B, G)
@@ -137,18 +148,18 @@ def train(args):
                 span = rows, slice(int(rollout.mask[rows].sum(dim=1).max()))
                 given = prompts[asked], rollout.ids[span], rollout.mask[span], each
                 logits = completion_logits(policy, *given)                          # (M, T, V)
-                with torch.no_grad(), policy.disable_adapter():
+                with torch.no_grad(), reference(policy):
                     ref_logits = completion_logits(policy, *given)
                 # 6 losses and step; the micro-batches add up to those of the whole
-                soft = soft_tokens(logits[..., speech_ids], args.tau, args.hard, noise)        # Eq. 4  (M, T, codes)
+                soft = soft_tokens(logits[..., speech_ids] / args.temperature, args.tau, not args.soft, noise)  # Eq. 4
                 reading = text_logprob(token2text.model, soft, spoken[span], text_ids[rows], text_mask[rows])  # Eq. 5
-                kl = categorical_kl(logits, ref_logits, rollout.mask[span])         # Eq. 6
+                kl = categorical_kl(logits / args.temperature, ref_logits / args.temperature, rollout.mask[span])
                 losses = {"diffro": diffro_loss(reading, kl, args.beta, keep[rows])}           # Eq. 7
                 if grpo:
                     logp, ref_logp = (token_logprobs(x, rollout.ids[span], args.temperature)
                                       for x in (logits, ref_logits))
                     losses["grpo"] = grpo_loss(logp, rollout.logp[span], ref_logp, advantage[rows], mask[span],
-                                               args.clip, args.beta)                # Eq. 2-3 of chapter 1
+                                               args.clip, args.beta, args.kl)       # Eq. 2-3 of chapter 1
                     losses["diffro"] = args.weight * losses["diffro"]
                 add_gradients(pulls, losses, len(logits) / len(rollout.ids), run.weights)
                 found.append((reading.detach(), kl.detach()))

@@ -3,14 +3,16 @@ r"""Chapter 1: GRPO for LLM-based speech recognition, with rule rewards (arXiv 2
 A recogniser hears a clip and samples G transcripts; rules score them against what was said; the better than average
 of each group become likelier, the worse less likely; a KL term holds the policy near the reference, where it began.
 
-    Eq. 1   A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4)                    j over the G samples of one clip   [FA]
-    Eq. 2   r_it = pi_theta(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t)                                         [FA]
-    Eq. 3   J = 1/G sum_i 1/|o_i| sum_t [ min(r_it A_i, clip(r_it, 1 - eps, 1 + eps) A_i) - beta KL_it ]         [FA]
-            KL_it = exp(d) - d - 1,  d = log pi_ref - log pi_theta           (k3)                            [choice]
+    Eq. 1   A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4)                    j over the G samples of one clip  [paper]
+    Eq. 2   r_it = pi_theta(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t)                                      [paper]
+    Eq. 3   J = 1/G sum_i 1/|o_i| sum_t [ min(r_it A_i, clip(r_it, 1 - eps, 1 + eps) A_i) - beta KL_it ]      [paper]
+            KL_it = d^2 / 2,  d = log pi_ref - log pi_theta    (k2; in the log, and with --kl k3, e^d - d - 1)  [choice]
+    MWER    L = sum_i p_i (W_i - mean_j W_j) + 0.01 CE         what the paper names beside GRPO; --objective mwer
 
-[paper] is arXiv 2509.18569, [FA] its sister report arXiv 2509.12508, [choice] is ours. The paper's temperature,
-learning rate and beta are flags; left out are its rollout engine and its multi-GPU rotation: here one model samples,
-scores and learns in turn. The policy is LoRA on the LLM; the reference is the same weights with LoRA switched off.
+[paper] is arXiv 2509.18569, [choice] is ours: it gives neither eps nor the estimator of the KL nor the 1e-4. Its
+learning rate, beta, B and G are flags; left out are its rollout engine and its multi-GPU rotation: here one model
+samples, scores and learns in turn. The policy is LoRA on the LLM; the reference is the same weights with LoRA switched
+off, or the adapter that the run starts from.
 
     python grpo_asr.py --steps 200                                       the embedded recogniser, minutes on a CPU
     python grpo_asr.py --model FunAudioLLM/Fun-ASR-Nano-2512-hf --data DIR \
@@ -67,13 +69,23 @@ def group_advantages(reward):
     return (centred / (spread + 1e-4)).masked_fill(equal, 0.0)
 
 
+def kl_k2(logp, ref_logp):
+    """KL_it of Eq. 3 in the loss, (N, T) -> (N, T): its gradient, (log pi - log pi_ref) grad log pi, is in expectation
+    that of KL(pi | pi_ref), and a rare token moves it by no more than its log-ratio."""
+    return (ref_logp - logp).square() / 2
+
+
 def kl_k3(logp, ref_logp):
-    """KL_it of Eq. 3, (N, T) -> (N, T): unbiased for KL(policy | reference) over samples of the policy, never < 0."""
+    """KL_it as it is logged, (N, T) -> (N, T): an unbiased value of KL(pi | pi_ref) over samples of pi, never < 0. Its
+    gradient, (1 - e^d) grad log pi, is another's: in expectation that of KL(pi_ref | pi), and unbounded."""
     d = ref_logp - logp
     return torch.exp(d) - d - 1
 
 
-def grpo_loss(logp, old_logp, ref_logp, advantage, mask, clip=0.2, beta=0.1):
+KL = {"k2": kl_k2, "k3": kl_k3}
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, mask, clip=0.2, beta=0.1, kl="k2"):
     """-J of Eq. 3: (N, T) log-probs, (N,) or (B, G) advantages, (N, T) mask -> scalar.
 
     Every sample counts the same whatever its length (the paper's 1/|o_i|). For some of a step's samples multiply by
@@ -87,8 +99,20 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, mask, clip=0.2, beta=0.1):
     mask, advantage = mask.to(logp.dtype), advantage.reshape(-1, 1)                 # (N, T), (N, 1)
     ratio = torch.exp(logp - old_logp)                                              # Eq. 2
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    objective = surrogate - beta * kl_k3(logp, ref_logp)                            # Eq. 3
+    objective = surrogate - beta * KL[kl](logp, ref_logp)                           # Eq. 3
     return -((objective * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+
+
+def mwer_loss(logp, mask, errors, transcript_logp, transcript_mask, weight=0.01):
+    """MWER of Prabhavalkar et al. 2017 (arXiv 1712.01818), Eqs. 6 to 8 over samples: (N, T) log-probs and mask, (B, G)
+    word errors W, the transcripts' own log-probs and mask (B, S) -> scalar, the mean over the B clips.
+
+    p_i are the samples' probabilities renormalised over the group, the mean of W is a baseline, and the cross-entropy
+    of the transcripts, summed over their tokens, is interpolated with the weight that they give it.
+    """
+    sequence = (logp * mask).sum(dim=1).view(errors.shape)                          # (B, G) log-probs
+    expected = (torch.softmax(sequence, dim=1) * (errors - errors.mean(dim=1, keepdim=True))).sum(dim=1)
+    return (expected - weight * (transcript_logp * transcript_mask).sum(dim=1)).mean()
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------
@@ -98,15 +122,17 @@ def train(args):
     run, processor, clips, tests, main_test = set_up(args)
     policy, eos, rewards = run.policy, end_tokens(run.policy), args.rewards.split(",")
     keywords = {k for u in clips for k in u.keywords}             # R3 watches for every keyword of the domain
+    supervised = args.objective == "supervised"
     for step in run.steps():
         # 1 prompts: the audio of the step, encoded once
         batch = [clips[i] for i in batch_indices(step, len(clips), args.batch, args.seed)]
         with run.phase("encode"):
-            prompts = encode(policy, collate(processor, batch, args.language, args.hotwords))  # (B, L, D)
+            prompts = encode(policy, collate(processor, batch, args.language))  # (B, L, D)
         # 2 sample
         with run.phase("rollout"):
-            if args.supervised:
-                rollout = transcripts_as_rollout(policy, processor, prompts, batch, args.temperature)
+            if supervised:
+                with torch.no_grad():
+                    rollout = transcripts_as_rollout(policy, processor, prompts, batch, args.temperature)
             else:
                 rollout = sample(policy, prompts, args.group, token_limit(args, batch), eos, args.temperature,
                                  generator_for(args.seed, step, policy.device))     # (N, T)
@@ -117,7 +143,7 @@ def train(args):
             scored = [asr_reward(u.text, text, keywords, args.language, rewards) for u, text in zip(clip_of, texts)]
             reward = torch.tensor([s.total for s in scored], device=policy.device).view(-1, args.group)  # (B, G)
         # 4 advantage
-        advantage = torch.ones_like(reward) if args.supervised else group_advantages(reward)   # (B, G)  Eq. 1
+        advantage = torch.ones_like(reward) if supervised else group_advantages(reward)        # (B, G)  Eq. 1
         with run.phase("update"):
             # 5 log-probs, under the reference and now
             ref_logp = reference_logprobs(policy, prompts, rollout, args.group, args.micro, args.temperature)  # (N, T)
@@ -126,8 +152,13 @@ def train(args):
                 logp = completion_logprobs(policy, prompts[asked], rollout.ids[rows], rollout.mask[rows], each,
                                            args.temperature)                        # (M, T)
                 # 6 loss and step: the micro-batches add up to the loss of the whole
-                loss = grpo_loss(logp, rollout.logp[rows], ref_logp[rows], advantage.view(-1)[rows],
-                                 rollout.mask[rows], args.clip, args.beta)          # Eq. 2-3
+                if args.objective == "mwer":
+                    errors = torch.tensor([float(s.errors) for s in scored[rows]], device=policy.device).view(-1, each)
+                    told = transcripts_as_rollout(policy, processor, prompts[asked], batch[asked], args.temperature)
+                    loss = mwer_loss(logp, rollout.mask[rows], errors, told.logp, told.mask)   # MWER
+                else:
+                    loss = grpo_loss(logp, rollout.logp[rows], ref_logp[rows], advantage.view(-1)[rows],
+                                     rollout.mask[rows], args.clip, args.beta, args.kl)        # Eq. 2-3
                 (loss * len(logp) / len(rollout.ids)).backward()
                 now_logp[rows] = logp.detach()
             norm = run.learn(step)
@@ -178,7 +209,7 @@ def check(policy, processor, batch, args):
     """self_check on the first clips: played backwards (upside down where a class has time in its last axis) they must
     move the log-probs."""
     batch = batch[:max(1, args.micro // args.group)]
-    inputs = collate(processor, batch, args.language, args.hotwords)
+    inputs = collate(processor, batch, args.language)
     prompts = encode(policy, inputs)
     backwards = encode(policy, {**inputs, "input_features": inputs["input_features"].flip(1)})
     self_check(policy, prompts, backwards, args, token_limit(args, batch), end_tokens(policy), "other audio")
@@ -193,10 +224,9 @@ def encode(policy, inputs):
     return Prompts(embed(policy.get_base_model(), inputs), inputs["attention_mask"])        # (B, L, D), (B, L)
 
 
-@torch.no_grad()
 def transcripts_as_rollout(policy, processor, prompts, batch, temperature):
-    """The transcripts as if they had been sampled, one a clip. With A = 1 the gradient of Eq. 3 is then that of
-    supervised fine-tuning, the control that the paper lacks [choice]."""
+    """The transcripts as if they had been sampled, one a clip, with their log-probs. With A = 1 the gradient of Eq. 3
+    is then that of supervised fine-tuning, the control that the paper lacks [choice]."""
     eos = end_tokens(policy)
     end = next((e for e in eos if e == processor.tokenizer.eos_token_id), eos[0])   # of the list, the one of an answer
     rows = [torch.tensor([*processor.tokenizer(u.text, add_special_tokens=False).input_ids, end], device=policy.device)
@@ -230,12 +260,12 @@ def evaluate(policy, processor, utterances, args, batch=32):
     found = [""] * len(utterances)
     for start in range(0, len(order), batch):
         alike = [utterances[i] for i in order[start:start + batch]]
-        prompts = encode(policy, collate(processor, alike, args.language, args.hotwords))
+        prompts = encode(policy, collate(processor, alike, args.language))
         rollout = sample(policy, prompts, 1, token_limit(args, alike), end_tokens(policy), temperature=0)
         for i, text in zip(order[start:start + batch], decode(processor, rollout)):
             found[i] = text
-    keywords = {k for u in utterances for k in u.keywords}
-    return found, asr_metrics([u.text for u in utterances], found, keywords, args.language)
+    keywords, listed = {k for u in utterances for k in u.keywords}, [u.listed or () for u in utterances]
+    return found, asr_metrics([u.text for u in utterances], found, keywords, args.language, listed)
 
 
 def text_figures(scored, clip_of, texts, language):
@@ -249,9 +279,11 @@ def text_figures(scored, clip_of, texts, language):
 
 
 def policy_figures(rollout, logp, ref_logp, clip):
-    """What the log says of the policy on its own samples: KL to the reference, and the share of tokens clipped."""
+    """What the log says of the policy on its own samples: KL to the reference (k3), its largest d, nats, and the share
+    of tokens clipped."""
     mean = lambda x: float(x[rollout.mask].float().mean())  # noqa: E731
-    return {"kl": mean(kl_k3(logp, ref_logp)), "clipped": mean(((logp - rollout.logp).exp() - 1).abs() > clip)}
+    return {"kl": mean(kl_k3(logp, ref_logp)), "max_d": float((ref_logp - logp)[rollout.mask].max()),
+            "clipped": mean(((logp - rollout.logp).exp() - 1).abs() > clip)}
 
 
 def finish(run, processor, tests, main_test):

@@ -3,15 +3,17 @@ r"""Chapter 2: GRPO for LLM-based text-to-speech (arXiv 2509.18569).
 An LLM reads a text and a voice (a recorded sentence and its speech tokens) and goes on in speech tokens; a codec makes
 them a waveform; a recogniser, the judge, says what it hears. The equations are those of chapter 1 and come from there:
 
-    Eq. 1   A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4)                    j over the G samples of one text    [FA]
-    Eq. 2   r_it = pi_theta(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t)                                         [FA]
-    Eq. 3   J = 1/G sum_i 1/|o_i| sum_t [ min(r_it A_i, clip(r_it, 1 - eps, 1 + eps) A_i) - beta KL_it ]         [FA]
+    Eq. 1   A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-4)                    j over the G samples of one text  [paper]
+    Eq. 2   r_it = pi_theta(o_it | q, o_i,<t) / pi_old(o_it | q, o_i,<t)                                      [paper]
+    Eq. 3   J = 1/G sum_i 1/|o_i| sum_t [ min(r_it A_i, clip(r_it, 1 - eps, 1 + eps) A_i) - beta KL_it ]      [paper]
 
-What is new: the actions are speech tokens and one that ends the speech; the reward needs a waveform, R1 is the judge's
-accuracy, R2 the distance to the group's median length, R3 diversity in tokens and pitch [paper]; what is reported comes
-from a second judge that is never a reward. [paper] is arXiv 2509.18569, [FA] its sister report arXiv 2509.12508,
-[choice] is ours. Left out: the paper's flow matching decoder (an Xcodec2 codec decodes in one pass) and its multi-GPU
-rotation (--offload is the same idea on one card).
+What is new: the actions are speech tokens and one that ends the speech, and the rewards are [paper]
+    R1      accuracy of a judge that hears the waveform, or of a model that reads the tokens (--judge token2text)
+    R2      -| |o_i| - T_m | / T_m,  T_m the median length of the group
+    R3      1/G sum_j dist(o_i, o_j) / |o_i| + std(normalised F0)
+What is reported comes from a second judge that is never a reward. [paper] is arXiv 2509.18569, [choice] is ours. Left
+out: the paper's flow matching decoder (an Xcodec2 codec decodes in one pass) and its multi-GPU rotation (--offload is
+the same idea on one card).
 
     python grpo_tts.py --steps 200                                              the embedded models, on a CPU
     python grpo_tts.py --model HKUSTAudio/Llasa-1B --codec HKUSTAudio/xcodec2-hf --judge HUB_ID --second-judge HUB_ID \
@@ -67,10 +69,10 @@ def train(args):
             codes = codes_of(rollout, studio.code)
         # 3 reward: one waveform a sample, which every reward shares
         with run.phase("decode"):
-            waves = codec.decode(codes)
+            waves = studio.waves(codes)
         with run.phase("reward"):
             text_of = [s.text for s in batch for _ in range(args.group)]            # N
-            speech = [Speech(*row) for row in zip(text_of, codes, waves, studio.judge.transcribe(waves),
+            speech = [Speech(*row) for row in zip(text_of, codes, waves, studio.heard(codes, waves),
                                                   rollout.truncated.tolist())]
             reward, parts, judged = tts_reward(speech, args.group, rewards, args.language, codec.rate, device)  # (B, G)
         # 4 advantage
@@ -86,7 +88,7 @@ def train(args):
                                            args.temperature)                        # (M, T)
                 # 6 loss and step: the micro-batches add up to the loss of the whole
                 loss = grpo_loss(logp, rollout.logp[span], ref_logp[span], advantage.view(-1)[rows], mask[span],
-                                 args.clip, args.beta)                              # Eq. 2-3
+                                 args.clip, args.beta, args.kl)                     # Eq. 2-3
                 (loss * len(logp) / len(rollout.ids)).backward()
                 now_logp[span] = logp.detach()
             norm = run.learn(step)

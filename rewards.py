@@ -2,14 +2,14 @@
 
 Recognition, pure functions of text:
     asr_accuracy        R1   1 - WER, in [0, 1]                                              [paper]
-    hallucination       R2   -1 when the transcript holds what was not said                  [paper; the rules are ours]
+    hallucination       R2   the whole reward is -1 where something was not said             [paper; the rules are ours]
     keyword_score       R3   mean of keyword precision and recall                            [paper]
     asr_reward               one record with every part and the total
     asr_metrics              the same quantities over a test set: WER, errors by kind, F1, hallucination rate
 Speech:
     asr_accuracy        R1   of what a judge (a recogniser) makes of the waveform            [paper]
     duration_reward     R2   distance to the median length of the group                      [paper]
-    diversity_reward    R3   edit distance to the rest of the group, spread of F0            [paper; scales ours]
+    diversity_reward    R3   edit distance to the rest of the group + spread of F0           [paper; F0's norm ours]
     tts_reward               all of them over a step's samples, one record a sample
     tts_metrics              the figures of a test set
 The models that hear and speak (codec, judge, speaker model) are in judges.py.
@@ -207,6 +207,7 @@ def keyword_score(text, hypothesis, keywords, language="en"):
 class AsrReward:
     """Every part of one transcript's reward, whether it counts or not, and the total that does."""
 
+    errors: int                   # substituted, deleted and inserted tokens
     accuracy: float               # R1, in [0, 1]
     hallucination: Hallucination  # R2, its reward in [-1, 0]
     keywords: float               # R3, in [0, 1]
@@ -214,9 +215,12 @@ class AsrReward:
 
 
 def asr_reward(text, hypothesis, keywords=(), language="en", rewards=("R1",), proportional=False):
-    """The reward of one transcript: the plain sum of the parts named in `rewards` (of "R1", "R2", "R3").
+    """The reward of one transcript: the sum of R1 and R3, of those named in `rewards`; -1 in all where R2 is named and
+    finds a hallucination [paper].
 
-    A transcript in the wrong language gets -1 in all when R2 counts [FA]. Raises ValueError for an unknown part.
+    So with R2 one invention costs more than saying nothing (0), however much of the rest is right. `proportional` is
+    the milder form of the sister report: minus the hallucinated share of the transcript, added to the others; -1 in all
+    for the wrong language alone [FA]. Raises ValueError for an unknown part.
     """
     unknown = set(rewards) - {"R1", "R2", "R3"}
     if unknown or not rewards:
@@ -224,30 +228,38 @@ def asr_reward(text, hypothesis, keywords=(), language="en", rewards=("R1",), pr
     accuracy = asr_accuracy(text, hypothesis, language)
     invented = hallucination(text, hypothesis, language)
     score = keyword_score(text, hypothesis, keywords, language)
-    total = accuracy * ("R1" in rewards) + invented.reward(proportional) * ("R2" in rewards) + score * ("R3" in rewards)
-    if "R2" in rewards and invented.kind == "language":
+    total = accuracy * ("R1" in rewards) + score * ("R3" in rewards)
+    if "R2" in rewards and proportional and invented.kind != "language":
+        total += invented.reward(proportional)
+    elif "R2" in rewards and invented.found:
         total = -1.0
-    return AsrReward(accuracy, invented, score, total)
+    return AsrReward(sum(edit_counts(text, hypothesis, language)[:3]), accuracy, invented, score, total)
 
 
-def asr_metrics(texts, hypotheses, keywords=(), language="en"):
+def asr_metrics(texts, hypotheses, keywords=(), language="en", listed=()):
     """Corpus-level figures of one test set, as a dict of floats.
 
     `wer`, `insertions`, `deletions`, `substitutions`: per token said (None when nothing was said at all);
-    `keyword_f1`: over all keywords of the set (None without any); `hallucination_rate`: share of utterances with
-    one; `length_ratio`: tokens of the hypotheses over tokens of the texts (None likewise).
+    `keyword_precision`, `keyword_recall`, `keyword_f1`: over all keywords of the set (None without any);
+    `hallucination_rate`: share of utterances with one; `length_ratio`: tokens of the hypotheses over tokens of the
+    texts (None likewise). With `listed`, the keyword list of every utterance's prompt: `listed_not_said`, the share of
+    listed words that were not said and yet transcribed.
     """
-    counts = [edit_counts(r, h, language) for r, h in zip(texts, hypotheses, strict=True)]
+    counts = [edit_counts(t, h, language) for t, h in zip(texts, hypotheses, strict=True)]
     sub, dele, ins, length = (sum(column) for column in zip(*counts))
-    spoken = [keyword_counts(r, h, keywords, language) for r, h in zip(texts, hypotheses)]
+    spoken = [keyword_counts(t, h, keywords, language) for t, h in zip(texts, hypotheses)]
     hits, claimed, expected = (sum(column) for column in zip(*spoken))
-    invented = [hallucination(r, h, language).found for r, h in zip(texts, hypotheses)]
-    per_token = lambda n: n / length if length else None  # noqa: E731
+    invented = [hallucination(t, h, language).found for t, h in zip(texts, hypotheses)]
+    share = lambda n, of: n / of if of else None  # noqa: E731
+    distractors = [(w, h) for t, h, words in zip(texts, hypotheses, listed)
+                   for w in words if not keyword_counts(t, "", [w], language)[2]]
+    taken = sum(keyword_counts(h, "", [w], language)[2] > 0 for w, h in distractors)
     return {
-        "wer": per_token(sub + dele + ins), "insertions": per_token(ins), "deletions": per_token(dele),
-        "substitutions": per_token(sub), "keyword_f1": 2 * hits / (claimed + expected) if expected else None,
-        "hallucination_rate": sum(invented) / len(invented), "length_ratio": per_token(length - dele + ins),
-        "utterances": len(texts),
+        "wer": share(sub + dele + ins, length), "insertions": share(ins, length), "deletions": share(dele, length),
+        "substitutions": share(sub, length), "keyword_precision": share(hits, claimed),
+        "keyword_recall": share(hits, expected), "keyword_f1": share(2 * hits, expected and claimed + expected),
+        "listed_not_said": share(taken, len(distractors)), "hallucination_rate": sum(invented) / len(invented),
+        "length_ratio": share(length - dele + ins, length), "utterances": len(texts),
     }
 
 
@@ -264,44 +276,51 @@ def duration_reward(lengths):
 
 
 def token_diversity(group):
-    """Of each of G token sequences, the mean edit distance to the other G - 1, over the longer length: G in [0, 1]."""
-    distance = np.array([[Levenshtein.normalized_distance(a, b) for b in group] for a in group])
-    return distance.sum(axis=1) / max(1, len(group) - 1)
+    """First term of R3 [paper]: 1/G sum_j dist(o_i, o_j) / |o_i| of each of G token sequences, itself among the j, dist
+    the edit distance in tokens: G numbers from 0 up. An empty sequence counts as one token long [choice]."""
+    distance = np.array([[Levenshtein.distance(a, b) for b in group] for a in group])
+    return distance.mean(axis=1) / [max(1, len(sequence)) for sequence in group]
 
 
-def f0_spread(waves, rate, device="cpu", batch=16):
-    """Standard deviation of F0 over voiced frames, in semitones, of each waveform: (N,); 0 where nothing is voiced.
+def voiced_pitch(waves, rate, device="cpu", batch=16):
+    """F0 in Hz of the voiced frames of each waveform, as N tensors.
 
     Pitch by torchaudio (cross-correlation, median-smoothed, frames of 20 ms, 60 to 400 Hz), `batch` rows at a time on
     `device`. A frame counts as voiced when it has over a tenth of the loudest frame's amplitude and its pitch lies
     inside that range [choice].
     """
-    hop, smooth, spread = 160, 15, torch.zeros(len(waves))      # 20 ms at 8 kHz, where pitch needs no more
+    hop, smooth, voiced = 160, 15, [torch.zeros(0)] * len(waves)        # 20 ms at 8 kHz, where pitch needs no more
     long = [i for i, wave in enumerate(waves) if len(wave) >= rate / 2]          # others: too short for the smoothing
     long.sort(key=lambda i: len(waves[i]))
-    for part in (long[k:k + batch] for k in range(0, len(long), batch)):
-        rows = [torch.as_tensor(waves[i], dtype=torch.float32, device=device) for i in part]
+    for alike in (long[k:k + batch] for k in range(0, len(long), batch)):
+        rows = [torch.as_tensor(waves[i], dtype=torch.float32, device=device) for i in alike]
         rows = [torchaudio.functional.resample(row, rate, 8000) for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         pitches = torchaudio.functional.detect_pitch_frequency(padded, 8000, 0.02, smooth, 60, 400)
         levels = torch.nn.functional.pad(padded, (0, hop)).unfold(1, hop, hop).square().mean(dim=2).sqrt()
-        for i, row, pitch, level in zip(part, rows, pitches.cpu(), levels.cpu()):
+        for i, row, pitch, level in zip(alike, rows, pitches.cpu(), levels.cpu()):
             frames = -(-len(row) // hop) - smooth // 2          # what the row alone would get: padding has no say
             pitch, level = pitch[:frames], level[:frames]
-            voiced = pitch[(level > 0.1 * level.max()) & (pitch > 60) & (pitch < 400)]
-            if len(voiced) > 1:
-                spread[i] = (12 * torch.log2(voiced)).std(correction=0)
-    return spread
+            voiced[i] = pitch[(level > 0.1 * level.max()) & (pitch > 60) & (pitch < 400)]
+    return voiced
+
+
+def f0_spread(waves, rate, device="cpu"):
+    """Standard deviation of F0 over voiced frames, in semitones, of each waveform: (N,); 0 where nothing is voiced."""
+    return torch.stack([(12 * torch.log2(f0)).std(correction=0) if len(f0) > 1 else torch.tensor(0.0)
+                        for f0 in voiced_pitch(waves, rate, device)])
 
 
 def diversity_reward(codes, waves, group, rate, device="cpu"):
-    """R3 [paper]: token diversity plus pitch diversity, N = B G samples -> (B, G) in [0, 1].
+    """R3 [paper]: token diversity + std(normalised F0), N = B G samples -> (B, G), from 0 up.
 
-    The mean of `token_diversity` and of F0 spread over 6 semitones, clipped to 1 [the scale is ours].
+    How F0 is normalised is not published: here by its mean over the sample's own voiced frames, so the second term is
+    a pure number, 0.1 to 0.2 for speech (semitones / 17) [choice].
     """
     tokens = np.concatenate([token_diversity(codes[i:i + group]) for i in range(0, len(codes), group)])
-    pitch = (f0_spread(waves, rate, device) / 6).clamp(max=1)
-    return ((torch.from_numpy(tokens).float() + pitch) / 2).view(-1, group)
+    pitch = [float((f0 / f0.mean()).std(correction=0)) if len(f0) > 1 else 0.0
+             for f0 in voiced_pitch(waves, rate, device)]
+    return torch.tensor(tokens + np.array(pitch), dtype=torch.float32).view(-1, group)
 
 
 # ---- speech: the mix ---------------------------------------------------------------------------------------
@@ -312,7 +331,7 @@ class Speech:
 
     text: str                # what was to be said
     codes: np.ndarray        # (T,) speech tokens, the stop token not among them
-    wave: np.ndarray         # (samples,) float32
+    wave: np.ndarray | None  # (samples,) float32; None where no reward needs it
     heard: str | None        # what the judge heard; None where it failed
     truncated: bool = False  # no stop token came
 
@@ -336,7 +355,7 @@ def tts_reward(speech, group, rewards=("R1",), language="en", rate=16_000, devic
     parts = {"R1": accuracy, "R2": duration_reward(torch.tensor([len(s.codes) for s in speech]).view(-1, group))}
     if "R3" in rewards:
         parts["R3"] = diversity_reward([s.codes for s in speech], [s.wave for s in speech], group, rate, device)
-    total = sum(parts[name] for name in rewards)
+    total = sum(parts[name] for name in rewards).where(judged, torch.nan)   # a failed sample has no say in the mean
     mean = total.nanmean(dim=1, keepdim=True).nan_to_num(0.0)
     return torch.where(judged, total, mean), parts, judged
 

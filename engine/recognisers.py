@@ -135,11 +135,12 @@ def ask(processor, waves, language, keywords=None):
     return recogniser(processor).ask(processor, waves, language, keywords)
 
 
-def collate(processor, utterances, language, hotwords=False):
+def collate(processor, utterances, language):
     """The processor's inputs for a batch: `input_ids` (B, L) padded on the left, `input_features` (Fun-ASR-Nano: B,
-    frames, 560) and their masks. `hotwords` puts each utterance's keywords into its prompt."""
-    keywords = [list(u.keywords) for u in utterances] if hotwords else None
-    if hotwords and not recogniser(processor).keywords:
+    frames, 560) and their masks. Where utterances have a keyword list, it goes into their prompts."""
+    lists = [u.listed for u in utterances]
+    keywords = None if None in lists else [list(words) for words in lists]
+    if keywords and not recogniser(processor).keywords:
         raise DataError(f"--hotwords: the prompt of a {type(processor).__name__} has no place for keywords")
     try:
         return ask(processor, [u.waveform(rate(processor)) for u in utterances], language, keywords)

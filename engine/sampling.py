@@ -3,7 +3,7 @@
     prompts  = Prompts(embeds, mask)                       what is asked, embedded once a step
     rollout  = sample(policy, prompts, group, ...)         G samples of each, from the untruncated distribution
     logp     = completion_logprobs(policy, prompts, ...)   the teacher-forced pass over the samples
-    ref_logp = reference_logprobs(policy, prompts, ...)    the same under the reference: adapters switched off
+    ref_logp = reference_logprobs(policy, prompts, ...)    the same under the reference
     self_check(policy, prompts, others, ...)               that sampler and trainer agree, tried before a run
 
 A prompt is read once and its keys and values are copied to the G rows that share it, in the rollout, the policy pass
@@ -14,6 +14,7 @@ with vLLM.
 Shapes: B prompts, G samples each, N = B G samples, T tokens of a sample, L of a prompt, D width, V vocabulary.
 `group` is G; `each` is how many rows share a prompt in the pass at hand: G, or fewer in a small micro-batch.
 """
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -255,12 +256,31 @@ def completion_logprobs(policy, prompts, ids, mask, each, temperature):
     return token_logprobs(completion_logits(policy, prompts, ids, mask, each), ids, temperature)
 
 
+@contextlib.contextmanager
+def reference(policy):
+    """The policy as the reference: its adapters switched off; or, where a run starts from another's adapter
+    (`policy.start`, name -> weights), with those in their places: pointers swapped, nothing copied."""
+    start = getattr(policy, "start", None)
+    if start is None:
+        with policy.disable_adapter():
+            yield
+        return
+    swap = [(weight, start[name]) for name, weight in policy.named_parameters() if name in start]
+    for weight, other in swap:
+        weight.data, other.data = other.data, weight.data
+    try:
+        yield
+    finally:
+        for weight, other in swap:
+            weight.data, other.data = other.data, weight.data
+
+
 @torch.no_grad()
 def reference_logprobs(policy, prompts, rollout, group, micro, temperature):
-    """log pi_ref of a rollout, (N, T): the same weights with LoRA switched off, once a step (PEFT walks the whole model
-    to do so). Without a gradient up to four times `micro` samples need no more memory [choice]."""
+    """log pi_ref of a rollout, (N, T), once a step (PEFT walks the whole model to switch adapters). Without a gradient
+    up to four times `micro` samples need no more memory [choice]."""
     wide = group * (4 * micro // group) or micro                                    # whole groups, or `micro`
-    with policy.disable_adapter():
+    with reference(policy):
         return torch.cat([completion_logprobs(policy, prompts[asked], rollout.ids[rows], rollout.mask[rows], each,
                                               temperature)
                           for asked, rows, each in micro_batches(len(prompts.mask), group, wide)])
@@ -286,7 +306,7 @@ def self_check(policy, prompts, others, args, max_tokens, eos, other):
     with torch.no_grad():
         logp, moved = (completion_logprobs(policy, p, rollout.ids, rollout.mask, each, args.temperature)
                        for p in (prompts, others))
-        with policy.disable_adapter():
+        with reference(policy):
             ref_logp = completion_logprobs(policy, prompts, rollout.ids, rollout.mask, each, args.temperature)
     mean = lambda x: float(x.abs()[rollout.mask].mean())  # noqa: E731
     ratio, drift, effect = mean((logp - rollout.logp).exp() - 1), mean(logp - ref_logp), mean(logp - moved)

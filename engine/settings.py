@@ -22,14 +22,16 @@ def parse_asr(argv=None, about=None):
                    "chooses the best adapter (default: data/test/*, by short; a tenth of --data where that is given)")
     g.add_argument("--language", default="en", help="of the prompt, the normaliser and the rules (default: en)")
     g.add_argument("--rewards", default="R1", help="R1 accuracy, R2 hallucination, R3 keywords (default: R1)")
-    g.add_argument("--hotwords", action="store_true", help="put each utterance's keywords into its prompt")
+    g.add_argument("--hotwords", type=int, metavar="N", help="put a list into each prompt: the clip's own keywords and "
+                   "N others of the data that are not said (default: no list)")
     g.add_argument("--max-seconds", type=float, default=30, help="longest clip allowed; 0 = any (default: 30)")
     g.add_argument("--skip-bad", action="store_true", help="leave out and count bad lines of the data")
     g = p.add_argument_group("GRPO")
+    g.add_argument("--objective", choices=["grpo", "mwer", "supervised"], default="grpo", help="mwer: expected word "
+                   "errors, what the paper names beside GRPO; supervised: the control, the transcripts themselves "
+                   "(G = 1, A = 1, beta = 0) (default: grpo)")
     add_grpo(g, batch=8, of="clips", paper=32, group=8, paper_group=12, micro=64)
     g.add_argument("--max-tokens", type=int, default=0, help="longest transcript; 0 = 16 + 8 a second of audio")
-    g.add_argument("--supervised", action="store_true", help="the control: learn from the transcripts, not from "
-                   "samples (G = 1, A = 1, beta = 0)")
     add_run(p)
     return read(p, argv)
 
@@ -40,10 +42,11 @@ def parse_speech(argv=None, about=None, diffro=False):
     g = p.add_argument_group("models")
     add_policy(g, "checkpoints/tts", "the LLM")
     g.add_argument("--codec", default="checkpoints/codec", help="speech tokens to waveform (default: %(default)s)")
-    g.add_argument("--judge", default="checkpoints/asr", help="recogniser that rewards (default: %(default)s)")
+    g.add_argument("--judge", default="checkpoints/asr", help="recogniser that rewards; token2text = the model of "
+                   "--token2text reads the speech tokens, no waveform is made (default: %(default)s)")
     g.add_argument("--second-judge", default="checkpoints/asr2", help="another, for evaluation (default: %(default)s)")
-    if diffro:
-        g.add_argument("--token2text", default="checkpoints/token2text", help="DiffRO's reward (default: %(default)s)")
+    g.add_argument("--token2text", default="checkpoints/token2text", help="reads speech tokens: DiffRO's reward, or "
+                   "--judge token2text (default: %(default)s)")
     g.add_argument("--speaker", default="checkpoints/speaker", help="whose voice is it (default: %(default)s)")
     g.add_argument("--offload", action="store_true", help="codec, judges and speaker model wait in main memory")
     g = p.add_argument_group("data and rewards")
@@ -66,9 +69,12 @@ def parse_speech(argv=None, about=None, diffro=False):
         g.add_argument("--teach", choices=["rollout", "recording"], default="rollout",
                        help="the fixed tokens of the pass: sampled, or the recording's in --data (default: rollout)")
         g.add_argument("--tau", type=float, default=1.0, help="Gumbel-softmax temperature (authors: 1)")
-        g.add_argument("--hard", action="store_true", help="one-hot forward, soft backward (straight-through)")
+        g.add_argument("--soft", action="store_true", help="the softmax itself, not one-hot forward with its gradient "
+                       "(straight-through), which is the paper's")
     g = p.add_argument_group("GRPO")
     add_grpo(g, batch=4, of="texts", paper=16, group=8, paper_group=8, micro=16)
+    if diffro:
+        p.set_defaults(batch=None, group=None)                      # 16 and 1 for DiffRO alone, 4 and 8 beside GRPO
     add_run(p)
     p.add_argument("--eval-samples", type=int, default=1, help="of each test text: the WER of one each scatters by 2.7 "
                    "points, of k by that over sqrt(k) (default: 1)")
@@ -82,6 +88,8 @@ def add_policy(g, model, what):
     g.add_argument("--model", default=model, help=f"{what}, folder or hub id (default: {model})")
     g.add_argument("--quantize", choices=["none", "8bit"], default="none",
                    help="frozen LLM weights by bitsandbytes; none = bf16 on CUDA, fp32 on the CPU (default: none)")
+    g.add_argument("--adapter", metavar="RUN", help="start from the best adapter of another run, which is then the "
+                   "reference too (default: a new one, which does nothing)")
     g.add_argument("--lora-rank", type=int, default=16, help="rank of the fp32 adapters (default: 16)")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
 
@@ -89,15 +97,18 @@ def add_policy(g, model, what):
 def add_grpo(g, batch, of, paper, group, paper_group, micro):
     """Flags of Eqs. 1 to 3."""
     g.add_argument("--steps", type=int, default=200)
-    g.add_argument("--batch", type=int, default=batch, help=f"B, {of} a step (default: {batch}; paper: {paper})")
+    g.add_argument("--batch", type=int, default=batch, help=f"B, {of} a step (default: {batch}; paper: {paper}; "
+                   "16 and 16 for DiffRO alone)")
     g.add_argument("--group", type=int, default=group, help=f"G, samples of each (default: {group}; paper: "
-                   f"{paper_group}); 1 will do for DiffRO alone")
+                   f"{paper_group}; 1 and 1 for DiffRO alone)")
     g.add_argument("--micro", type=int, default=micro, help="samples in one forward and backward: memory and speed, "
                    f"and which Gumbel draw of DiffRO goes where (default: {micro})")
     g.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the log-probs (default: 1)")
     g.add_argument("--lr", type=float, default=3e-4, help="AdamW on LoRA (default: 3e-4; paper, all weights: 1e-5)")
     g.add_argument("--clip", type=float, default=0.2, help="eps of Eq. 3")
     g.add_argument("--beta", type=float, default=0.1, help="weight of the KL in Eq. 3 (paper: 0.1)")
+    g.add_argument("--kl", choices=["k2", "k3"], default="k2", help="its estimator in the loss: k2 has the gradient of "
+                   "KL(policy | reference), k3 is what most code does (default: k2)")
 
 
 def add_run(p):
@@ -120,9 +131,11 @@ def read(p, argv):
         except DataError as error:
             p.error(str(error))
         args = p.parse_args(argv)
-    if getattr(args, "supervised", False):
+    if getattr(args, "objective", "") == "supervised":
         args.group, args.beta = 1, 0.0
     if "filter" in args:
+        alone = args.method == "diffro"
+        args.batch, args.group = args.batch or (16 if alone else 4), args.group or (1 if alone else 8)
         args.filter = args.filter or ("positive" if args.method == "grpo+diffro" else "none")
     check(p, args)
     return args
@@ -130,7 +143,7 @@ def read(p, argv):
 
 def check(p, args):
     """Ends with one line where a value is out of range or two do not go together."""
-    alone = getattr(args, "supervised", False) or getattr(args, "method", "") == "diffro"  # no sample is compared
+    alone = getattr(args, "objective", "") == "supervised" or getattr(args, "method", "") == "diffro"
     for name, least in {**LEAST, "group": 1 if alone else 2}.items():
         if name in args and getattr(args, name) < least:
             p.error(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(args, name)}")
@@ -141,6 +154,11 @@ def check(p, args):
         p.error(f"--micro {args.micro} must be a multiple or a divisor of --group {args.group}")
     if set(args.rewards.split(",")) - {"R1", "R2", "R3"}:
         p.error(f"--rewards takes some of R1,R2,R3, not {args.rewards}")
+    if getattr(args, "objective", "") == "mwer" and (args.rewards != "R1" or args.micro % args.group):
+        p.error("--objective mwer takes word errors, not --rewards, and compares a clip's samples in one pass: --micro "
+                f"{args.micro} must be a multiple of --group {args.group}")
+    if (getattr(args, "hotwords", None) or 0) < 0:
+        p.error(f"--hotwords must be 0 or more, not {args.hotwords}")
     if not 0 <= args.seed < 2 ** 31:
         p.error(f"--seed must be from 0 to 2^31 - 1, not {args.seed}")
     if "method" in args:

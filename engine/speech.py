@@ -21,7 +21,7 @@ from engine.listen import write_page
 from engine.models import add_adapters, load_pretrained, precision, quantization
 from engine.report import percent, print_times, print_transcripts, print_tts_table
 from engine.run import Run, load_adapter, pick_device, quiet
-from engine.sampling import Prompts, generator_for, sample, self_check
+from engine.sampling import Prompts, generator_for, reference, sample, self_check
 from rewards import Speech, asr_metrics, repeats, tts_metrics
 
 START, END = "<|SPEECH_GENERATION_START|>", "<|SPEECH_GENERATION_END|>"
@@ -36,10 +36,10 @@ class Studio:
     tokenizer: AutoTokenizer
     policy: PeftModel
     codec: Codec
-    judge: Judge | None             # rewards; None for DiffRO alone
+    judge: Judge | None             # rewards; None for DiffRO alone, and where token2text does
     second: Judge                   # evaluates
     speaker: Speaker
-    token2text: Token2Text | None   # chapter 3
+    token2text: Token2Text | None   # DiffRO's reward, and R1 with --judge token2text
     code: torch.Tensor              # (V,) the codec's code of every token of the LLM, -1 where it is not speech
     voices: list
     tests: list                     # sentences
@@ -55,6 +55,16 @@ class Studio:
     def limit(self):
         """Tokens of the longest speech allowed."""
         return int(self.args.max_seconds * self.codec.tokens_per_s)
+
+    def waves(self, codes):
+        """The waveform of each sample; None where no reward needs one."""
+        if self.judge or "R3" in self.args.rewards:
+            return self.codec.decode(codes)
+        return [None] * len(codes)
+
+    def heard(self, codes, waves):
+        """What the model that rewards makes of each sample: the judge of its sound, or Token2Text of its tokens."""
+        return self.judge.transcribe(waves) if self.judge else self.token2text.read(codes)
 
     def prompts(self, sentences):
         """Each to be said in its voice: Prompts of B rows."""
@@ -205,8 +215,9 @@ def set_up(args, name):
     device = pick_device(args.device)
     quiet()
     tokenizer, policy = load(args, device)
-    codec, *judges = load_judges(args, device, first=getattr(args, "method", "grpo") != "diffro")
-    token2text = Token2Text(args.token2text, device, codec.count) if "token2text" in args else None
+    tokens = args.judge == "token2text"
+    codec, *judges = load_judges(args, device, first=getattr(args, "method", "grpo") != "diffro" and not tokens)
+    token2text = Token2Text(args.token2text, device, codec.count) if tokens or "method" in args else None
     code = speech_tokens(tokenizer, codec, policy.config.vocab_size)
     voices = load_voices(args, codec, judges[-1])
     texts, tests = (cast(sentences, voices) for sentences in split_texts(args))
@@ -218,7 +229,7 @@ def set_up(args, name):
     check(studio, texts)
     run = Run(name, args, policy)
     studio.due = [s.seconds * codec.tokens_per_s for s in tests]
-    with run.phase("evaluate"), policy.disable_adapter():
+    with run.phase("evaluate"), reference(policy):
         if not all(studio.due):
             print("not every test text has a recording: lengths are compared with those before training")
             studio.due = None

@@ -104,12 +104,6 @@ def test_blank_lines_and_byte_order_marks_are_no_errors(tmp_path):
     assert len(load_folder(tmp_path)) == 2
 
 
-def test_an_empty_text_is_data(tmp_path):
-    sf.write(tmp_path / "a.wav", tone(), RATE)
-    folder_with(tmp_path, {"file_name": "a.wav", "text": ""})
-    assert load_folder(tmp_path)[0].text == ""
-
-
 def test_max_seconds_zero_is_any(bad_folder):
     folder_with(bad_folder, {"file_name": "long.wav", "text": "x"})
     assert load_folder(bad_folder, max_seconds=0)[0].seconds == 3

@@ -38,12 +38,6 @@ def test_pitfall_13_equal_rewards_give_exact_zeros(value):
     assert (group_advantages(torch.full((2, 7), value)) == 0).all()
 
 
-def test_eq1_keeps_the_order_and_the_shape():
-    reward = torch.rand(5, 8)
-    advantage = group_advantages(reward)
-    assert advantage.shape == (5, 8) and (advantage.argsort(1) == reward.argsort(1)).all()
-
-
 # ---- the mask ----------------------------------------------------------------------------------------------
 
 def test_pitfall_6_mask_includes_the_first_end_token_and_nothing_after():
@@ -52,24 +46,16 @@ def test_pitfall_6_mask_includes_the_first_end_token_and_nothing_after():
     expected = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
     assert (completion_mask(ids, eos) == expected).all()
     assert (completion_mask(ids.masked_fill(ids == pad, eos), eos) == expected).all()       # pad = EOS changes nothing
-
-
-def test_mask_with_several_end_tokens():
     ids = torch.tensor([[1, 8, 2, 9], [1, 2, 9, 8]])
-    assert completion_mask(ids, [8, 9]).sum(1).tolist() == [2, 3]
+    assert completion_mask(ids, [8, 9]).sum(1).tolist() == [2, 3]                           # several end tokens
 
 
 # ---- log-probs ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
-def test_log_probs_against_cross_entropy(temperature):
+def test_log_probs_against_cross_entropy_and_finite_differences():
     logits, ids, *_ = random_step()
-    expected = -F.cross_entropy(logits.transpose(1, 2) / temperature, ids, reduction="none")
-    assert torch.allclose(token_logprobs(logits, ids, temperature), expected, atol=1e-12)
-
-
-def test_log_prob_gradients_against_finite_differences():
-    logits, ids, *_ = random_step()
+    expected = -F.cross_entropy(logits.transpose(1, 2) / 0.7, ids, reduction="none")
+    assert torch.allclose(token_logprobs(logits, ids, 0.7), expected, atol=1e-12)
     assert torch.autograd.gradcheck(lambda x: token_logprobs(x, ids, 0.8), logits.requires_grad_())
 
 
@@ -153,39 +139,6 @@ def test_pitfall_10_the_clip_stops_a_ratio_that_has_gone_far_enough():
     logp = torch.tensor([[-0.5], [0.5]], requires_grad=True)                # gone the wrong way: still pulled back
     grpo_loss(logp, old, logp.detach(), torch.tensor([1.0, -1.0]), torch.ones(2, 1), beta=0.0).backward()
     assert (logp.grad != 0).all()
-
-
-def test_pitfall_8_a_step_makes_the_better_sample_likelier():
-    logits = torch.zeros(2, 3, 4, requires_grad=True)
-    ids = torch.tensor([[0, 1, 2], [3, 3, 3]])
-    logp = token_logprobs(logits, ids)
-    old, mask = logp.detach(), torch.ones(2, 3, dtype=torch.bool)
-    grpo_loss(logp, old, old, group_advantages(torch.tensor([[1.0, 0.0]])), mask).backward()
-    after = token_logprobs((logits - 0.1 * logits.grad).detach(), ids)
-    assert (after[0] > old[0]).all() and (after[1] < old[1]).all()
-
-
-def test_pitfall_6_the_end_token_gets_a_gradient_and_the_padding_none():
-    logits, ids, *_ = random_step(samples=2, tokens=4)
-    ids = torch.tensor([[1, 2, 6, 6], [3, 6, 6, 6]])
-    mask, x = completion_mask(ids, 6), logits[:2].clone().requires_grad_()
-    logp = token_logprobs(x, ids)
-    grpo_loss(logp, logp.detach(), logp.detach(), torch.tensor([1.0, -1.0], dtype=torch.float64), mask).backward()
-    moved = x.grad.abs().sum(-1) > 0
-    assert (moved == mask).all() and moved[0, 2] and moved[1, 1]
-
-
-@pytest.mark.parametrize("micro", [1, 2, 4, 8])
-def test_pitfall_12_gradient_does_not_depend_on_the_micro_batch(micro):
-    logits, ids, old, ref, mask = random_step(samples=8)
-    advantage = torch.linspace(-1, 1, 8, dtype=torch.float64)
-    whole = logits.clone().requires_grad_()
-    grpo_loss(token_logprobs(whole, ids), old, ref, advantage, mask).backward()
-    parts = logits.clone().requires_grad_()
-    for _, rows, _ in micro_batches(4, 2, micro):
-        loss = grpo_loss(token_logprobs(parts[rows], ids[rows]), old[rows], ref[rows], advantage[rows], mask[rows])
-        (loss * len(ids[rows]) / 8).backward()
-    assert torch.allclose(parts.grad, whole.grad, atol=1e-15)
 
 
 def test_pitfall_12_padding_changes_nothing():

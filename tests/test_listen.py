@@ -44,7 +44,7 @@ def test_playable():
     assert wave.dtype == np.float32 and wave[:4].tolist() == [0, 1, -1, 0.5] and len(wave) == 4 * RATE
 
 
-@pytest.mark.parametrize("rate", [8000, 16000, 24000, 44100])
+@pytest.mark.parametrize("rate", [8000, 44100])
 def test_all_that_the_page_names_is_there(tmp_path, rate):
     rows = [row("a cat", clip("a cat"), clip("", samples=0)), row("", clip("a dog"), clip("")), row("so", clip("no"))]
     page = write_page(tmp_path / "new" / "page", rows, rate, "Listen")

@@ -50,7 +50,7 @@ class Spy:
 
     def move(self):
         """Policy and reference differ, always by the same; at the end of a run its best adapter, zero, is loaded."""
-        move_adapters(self.made[0].policy, 0.02 if self.chapter is grpo_asr else 0.005)
+        move_adapters(self.made[0].policy, 0.02)
 
     def capture(self, *_):
         """The gradients that reach the optimiser; the step itself then moves nothing."""
@@ -75,7 +75,7 @@ def advantages_by_the_paper(reward):
     return [0.0 if r is None or spread == 0 else (r - mean) / (spread + 1e-4) for r in reward]
 
 
-def grpo_term(logp, old_logp, ref_logp, advantage, clip, beta):
+def grpo_term(logp, old_logp, ref_logp, advantage, clip, beta, kl="k2"):
     """One sample's part of Eq. 3, token by token."""
     total = 0.0
     for now, old, ref in zip(logp, old_logp, ref_logp):
@@ -83,7 +83,7 @@ def grpo_term(logp, old_logp, ref_logp, advantage, clip, beta):
         clipped = min(max(float(ratio.detach()), 1 - clip), 1 + clip)
         kept = ratio if float(ratio.detach()) * advantage <= clipped * advantage else torch.tensor(clipped)
         d = ref - now
-        total = total + kept * advantage - beta * (torch.exp(d) - d - 1)
+        total = total + kept * advantage - beta * (d * d / 2 if kl == "k2" else torch.exp(d) - d - 1)
     return total / len(logp)
 
 
@@ -99,10 +99,10 @@ def pulled(policy, rollout, starts, group, temperature):
 
 
 def agree(found, weights, loss):
-    """The captured gradient is that of `loss`, clipped at norm 1."""
+    """The captured gradient is that of `loss`, clipped at norm 0.5."""
     expected = torch.autograd.grad(loss, weights)
     norm = torch.nn.utils.get_total_norm(expected)
-    expected = torch.cat([(g / max(1.0, float(norm))).flatten() for g in expected])
+    expected = torch.cat([(g * min(1.0, 0.5 / float(norm))).flatten() for g in expected])
     found = torch.cat([g.flatten() for g in found])
     assert (found - expected).norm() < 2e-2 * expected.norm(), (found.norm(), expected.norm())
     return float(norm)
@@ -125,32 +125,32 @@ def few(tmp_path_factory):
 
 # ---- chapter 1 ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("beta", [0.3, 60.0])                   # with the second the gradient is clipped
-def test_the_step_of_chapter_1_is_that_of_the_paper(few, tmp_path, monkeypatch, beta):
+@pytest.mark.parametrize("beta, kl", [(0.3, "k3"), (0.3, "k2"), (60.0, "k2")])  # with the last the gradient is clipped
+def test_the_step_of_chapter_1_is_that_of_the_paper(few, tmp_path, monkeypatch, beta, kl):
     spy = Spy(monkeypatch, grpo_asr)
     grpo_asr.main([*SMALL, "--group", "4", "--micro", "2", "--beta", str(beta), "--clip", "0.1", "--temperature", "1.6",
-                   "--test", str(few / "clips"), "--out", str(tmp_path / "run")])
+                   "--kl", kl,                   "--test", str(few / "clips"), "--out", str(tmp_path / "run")])
     spy.move()
     run, processor, clips, *_ = spy.made
     assert spy.seeds == [1_000_003 * 3, 1_000_003 * 3 + 1]                          # new noise every step
     logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     for step in (0, 1):
         batch = [clips[i] for i in grpo_asr.batch_indices(step, len(clips), 2, 3)]
-        rollout, loss, kl = spy.rollouts[step], 0.0, []
+        rollout, loss, k3 = spy.rollouts[step], 0.0, []
         starts = [grpo_asr.encode(run.policy, collate(processor, [u], "en")).embeds[0] for u in batch]
         texts = grpo_asr.decode(processor, rollout)
         reward = [max(0, 1 - jiwer.wer(batch[i // 4].text, normalize_text(text))) for i, text in enumerate(texts)]
         assert max(reward[:4]) > min(reward[:4]) or max(reward[4:]) > min(reward[4:])
         advantage = advantages_by_the_paper(reward[:4]) + advantages_by_the_paper(reward[4:])
         for i, _, _, _, logp, ref_logp in pulled(run.policy, rollout, starts, 4, 1.6):
-            loss = loss - grpo_term(logp, rollout.logp[i], ref_logp, advantage[i], 0.1, beta) / 8
-            kl += (torch.exp(ref_logp - logp) - (ref_logp - logp) - 1).tolist()
+            loss = loss - grpo_term(logp, rollout.logp[i], ref_logp, advantage[i], 0.1, beta, kl) / 8
+            k3 += (torch.exp(ref_logp - logp) - (ref_logp - logp) - 1).tolist()
         norm = agree(spy.gradients[step], run.weights, loss)
         row = next(r for r in logged if r.get("step") == step and "reward" in r)
         assert row["reward"] == pytest.approx(sum(reward) / 8, abs=1e-4)
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-2)
-        assert row["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-2)
-        assert (norm > 1) == (beta > 1)
+        assert row["kl"] == pytest.approx(sum(k3) / len(k3), rel=1e-2)
+        assert norm > 0.5 or beta < 1
 
 
 # ---- chapters 2 and 3 --------------------------------------------------------------------------------------------
@@ -183,22 +183,21 @@ def heard_well(monkeypatch):
     monkeypatch.setitem(globals(), "HEARD", [first[index], None, "a horse in rome", first[index] + " so", *HEARD[4:]])
 
 
-@pytest.mark.parametrize("beta", [0.3, 300.0])
-def test_the_step_of_chapter_2_is_that_of_the_paper(few, tmp_path, monkeypatch, heard_well, beta):
+def test_the_step_of_chapter_2_is_that_of_the_paper(few, tmp_path, monkeypatch, heard_well):
     """Also for a sample that the judge failed on: it teaches nothing, and the others as if it were not there."""
-    spy, starts, texts = speech_step(few, tmp_path / "run", monkeypatch, grpo_tts, "--beta", str(beta))
+    spy, starts, texts = speech_step(few, tmp_path / "run", monkeypatch, grpo_tts, "--beta", "0.3")
     run, rollout, loss, advantage = spy.made[0], spy.rollouts[0], 0.0, heard_advantages(texts)
     assert spy.seeds == [1_000_003 * 3] and advantage[0] > 0 > advantage[2] and advantage[4:] == [0] * 4
     for i, _, _, _, logp, ref_logp in pulled(run.policy, rollout, starts, 4, 1.3):
         if HEARD[i] is not None:
-            loss = loss - grpo_term(logp, rollout.logp[i], ref_logp, advantage[i], 0.1, beta) / 8
-    assert (agree(spy.gradients[0], run.weights, loss) > 1) == (beta > 1)
+            loss = loss - grpo_term(logp, rollout.logp[i], ref_logp, advantage[i], 0.1, 0.3) / 8
+    agree(spy.gradients[0], run.weights, loss)
 
 
-@pytest.mark.parametrize("method, beta", [("diffro", 0.3), ("grpo+diffro", 0.3), ("grpo+diffro", 300.0)])
-def test_the_step_of_chapter_3_is_that_of_the_paper(few, tmp_path, monkeypatch, heard_well, method, beta):
+@pytest.mark.parametrize("method", ["diffro", "grpo+diffro"])
+def test_the_step_of_chapter_3_is_that_of_the_paper(few, tmp_path, monkeypatch, heard_well, method):
     """The Gumbel noise is drawn behind the rollout's, micro-batch by micro-batch; DiffRO learns where A > 0 alone."""
-    grpo = method != "diffro"
+    grpo, beta = method != "diffro", 0.3
     flags = ["--method", method, "--tau", "0.7", "--weight", "0.5", "--beta", str(beta)]
     noises, exponential = [], torch.Tensor.exponential_
 
@@ -214,10 +213,12 @@ def test_the_step_of_chapter_3_is_that_of_the_paper(few, tmp_path, monkeypatch, 
     ids_of = {c: studio.tokenizer.convert_tokens_to_ids(f"<|s_{c}|>") for c in range(studio.codec.count)}
     first, table = reader.model.config.first_speech_token, reader.model.get_input_embeddings().weight
     advantage, code_of = heard_advantages(texts), {v: k for k, v in ids_of.items()}
-    for i, ids, logits, ref_logits, *_ in pulled(run.policy, rollout, starts, 4, 1.0):
+    for i, ids, logits, ref_logits, logp, ref_logp in pulled(run.policy, rollout, starts, 4, 1.3):
         logits_of_codes = logits[:, [ids_of[c] for c in range(len(ids_of))]]
         gumbel = -torch.log(noises[i // 2][i % 2, :len(ids)])
         soft = torch.softmax((logits_of_codes + gumbel) / 0.7, -1)
+        hard = torch.nn.functional.one_hot(soft.argmax(-1), soft.shape[-1])
+        soft = hard + soft - soft.detach()                                          # straight-through
         said = torch.tensor([int(t) in code_of for t in ids])                       # the end token has no sound
         labels, _ = reader.text_ids([texts[i // 4]])
         out = reader.model(inputs_embeds=(soft[said] @ table[first:first + len(ids_of)])[None], labels=labels)
@@ -226,9 +227,8 @@ def test_the_step_of_chapter_3_is_that_of_the_paper(few, tmp_path, monkeypatch, 
         if not grpo or advantage[i] > 0:
             loss = loss - (0.5 if grpo else 1) * (-out.loss - beta * kl) / 8        # a mean over text tokens
         if grpo and HEARD[i] is not None:
-            warm, ref = (torch.log_softmax(x / 1.3, -1).gather(1, ids[:, None])[:, 0] for x in (logits, ref_logits))
-            loss = loss - grpo_term(warm, rollout.logp[i], ref, advantage[i], 0.1, beta) / 8
-    assert agree(spy.gradients[0], run.weights, loss) > 1 or beta < 1               # the last is clipped
+            loss = loss - grpo_term(logp, rollout.logp[i], ref_logp, advantage[i], 0.1, beta) / 8
+    agree(spy.gradients[0], run.weights, loss)
 
 
 # ---- what surrounds the loops ------------------------------------------------------------------------------------

@@ -44,8 +44,12 @@ class Stub:
         given = dict(zip(command, command[1:]))
         folder, script = Path(given.get("--out", "nowhere")), command[1]
         if script in SCRIPTS and not self.status:
-            header = {"arguments": vars(SCRIPTS[script].parse_args(command[2:])), "commit": "abc", "versions": {},
-                      "device": "cpu", "dtype": "torch.float32"}
+            try:
+                arguments = vars(SCRIPTS[script].parse_args(command[2:]))
+            except SystemExit:                              # would end the pool's thread, and nobody would hear of it
+                raise ValueError(f"{script} does not take {command[2:]}") from None
+            header = {"arguments": arguments, "commit": "abc", "versions": {}, "device": "cpu",
+                      "dtype": "torch.float32"}
             evaluation = {"step": 0, "eval": {**BEFORE, "wer": 0.05}, "eval_wer": 0.05}
             rows = [header, {"step": -1, "eval": BEFORE, "eval_wer": 0.2}, {"step": 0, "kl": 0.1}, evaluation]
             folder.mkdir()

@@ -33,7 +33,7 @@ def test_pitfall_16_normaliser(text, language, expected):
 
 # ---- R1 ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("reference, hypothesis, language, expected", [
+@pytest.mark.parametrize("text, hypothesis, language, expected", [
     ("a b c d", "a b c d", "en", 1.0),
     ("a b c d", "a x c d", "en", 0.75),
     ("a b c d", "a c d", "en", 0.75),
@@ -47,14 +47,14 @@ def test_pitfall_16_normaliser(text, language, expected):
     ("你好世界", "你好世介", "zh", 0.75),           # characters, not one word
     ("你好 世界", "你好世界", "zh", 1.0),
 ])
-def test_pitfall_16_and_9_accuracy(reference, hypothesis, language, expected):
-    assert asr_accuracy(reference, hypothesis, language) == pytest.approx(expected)
+def test_pitfall_16_and_9_accuracy(text, hypothesis, language, expected):
+    assert asr_accuracy(text, hypothesis, language) == pytest.approx(expected)
 
 
 def test_accuracy_is_one_minus_jiwer():
     pairs = [("the cat sat on the mat", "the cat sat mat"), ("one two three", "one too three four"), ("x", "x")]
-    for reference, hypothesis in pairs:
-        assert asr_accuracy(reference, hypothesis) == pytest.approx(max(0, 1 - jiwer.wer(reference, hypothesis)))
+    for text, hypothesis in pairs:
+        assert asr_accuracy(text, hypothesis) == pytest.approx(max(0, 1 - jiwer.wer(text, hypothesis)))
 
 
 def test_edit_counts_by_hand():
@@ -64,7 +64,7 @@ def test_edit_counts_by_hand():
 
 # ---- R2 ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("reference, hypothesis, language, kind", [
+@pytest.mark.parametrize("text, hypothesis, language, kind", [
     # nothing was said
     ("", "thank you for watching", "en", "silence"),
     ("", "", "en", ""),
@@ -80,9 +80,9 @@ def test_edit_counts_by_hand():
     ("went tick tock tick tock tick tock", "went tick tock tick tock tick tock tick tock", "en", ""),
     ("very good", "very very good", "en", ""),
     ("谢谢谢谢谢谢", "谢谢谢谢谢谢", "zh", ""),
-    # but twice more than the reference has is
+    # but twice more than the text has is
     ("no no no no stop", "no no no no no no no no stop", "en", "repetition"),
-    # content far beyond the reference
+    # content far beyond the text
     ("turn left", "turn left and then go on to the market", "en", "beyond"),
     ("turn left now", "turn left right now", "en", ""),
     ("turn left", "turn left at the end", "en", ""),            # three words: a plain insertion error
@@ -90,7 +90,7 @@ def test_edit_counts_by_hand():
     ("hello world", "你好世界", "en", "language"),
     ("打开空调", "turn on the air conditioner", "zh", "language"),
     ("今天天气很好", "今日はいい天気です", "ja", ""),            # kana and han are one script here: R1 judges that
-    ("play a song by 周杰伦", "play a song by 周杰", "en", ""),   # mixed, as the reference is
+    ("play a song by 周杰伦", "play a song by 周杰", "en", ""),   # mixed, as the text is
     ("привет мир", "privet mir", "ru", "language"),
     ("25", "twenty five", "en", ""),                            # no letters to tell a script by
     ("人人都来了", "人々都来了", "ja", ""),
@@ -102,8 +102,8 @@ def test_edit_counts_by_hand():
     ("a b c d", "w x y z", "en", ""),
     ("a b c d", "", "en", ""),
 ])
-def test_hallucination_rules(reference, hypothesis, language, kind):
-    found = hallucination(reference, hypothesis, language)
+def test_hallucination_rules(text, hypothesis, language, kind):
+    found = hallucination(text, hypothesis, language)
     assert found.kind == kind and found.found == bool(kind)
     assert found.reward() == (-1.0 if kind else 0.0)
     assert -1 <= found.reward(proportional=True) <= 0 and bool(found.reward(proportional=True)) == bool(kind)
@@ -124,7 +124,7 @@ def test_hallucination_is_quick_on_a_long_loop():
 
 # ---- R3 ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("reference, hypothesis, keywords, expected", [
+@pytest.mark.parametrize("text, hypothesis, keywords, expected", [
     ("anna met peter", "anna met peter", ["anna", "peter"], 1.0),
     ("anna met peter", "anna met paul", ["anna", "peter"], 0.75),             # precision 1, recall 1/2
     ("anna met peter", "anna met paul", ["anna", "peter", "paul"], 0.5),      # a wrong name costs precision too
@@ -138,8 +138,8 @@ def test_hallucination_is_quick_on_a_long_loop():
     ("anna anna anna", "anna", ["anna"], (1 + 1 / 3) / 2),
     ("", "", ["anna"], 1.0),
 ])
-def test_keyword_score(reference, hypothesis, keywords, expected):
-    assert keyword_score(reference, hypothesis, keywords) == pytest.approx(expected)
+def test_keyword_score(text, hypothesis, keywords, expected):
+    assert keyword_score(text, hypothesis, keywords) == pytest.approx(expected)
 
 
 def test_keywords_in_chinese():
@@ -170,8 +170,8 @@ def test_unknown_reward_is_named():
 @pytest.mark.parametrize("rewards", [("R1",), ("R2",), ("R3",), ("R1", "R2"), ("R1", "R2", "R3")])
 def test_pitfall_8_one_more_error_never_pays(rewards):
     """From the right transcript on, each further error (wrong word, lost word, loop, wrong name) costs or is level."""
-    reference = "anna will meet peter in paris on monday morning"
-    words, keywords = reference.split(), ["anna", "peter", "paris", "paul", "rome"]
+    text = "anna will meet peter in paris on monday morning"
+    words, keywords = text.split(), ["anna", "peter", "paris", "paul", "rome"]
     chains = [
         [words[:i] + ["zzz"] * (len(words) - i) for i in range(len(words), -1, -1)],          # substitutions
         [words[:i] for i in range(len(words), -1, -1)],                                       # deletions
@@ -180,7 +180,7 @@ def test_pitfall_8_one_more_error_never_pays(rewards):
         [words, ["paul", *words[1:]], ["paul", *words[1:5], "rome", *words[6:]]],             # wrong names
     ]
     for chain in chains:
-        totals = [asr_reward(reference, " ".join(h), keywords, rewards=rewards).total for h in chain]
+        totals = [asr_reward(text, " ".join(h), keywords, rewards=rewards).total for h in chain]
         assert all(a >= b - 1e-12 for a, b in zip(totals, totals[1:])), (rewards, totals)
         assert totals[0] == max(totals)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, first
 
+import diffro_tts
 import grpo_asr
 
 MODULES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
@@ -136,14 +137,19 @@ def test_a_users_mistake_gets_one_line(flags, message, sets):
     assert len(str(stopped.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--rewards", "R9"], "R1,R2,R3"), (["--micro", "5"], "--micro"), (["--group", "1"], "--group must be 2"),
-    (["--temperature", "0"], "--temperature"), (["--resume", "nowhere"], "no run there"),
-    (["--steps", "many"], "--steps"), (["--quantize", "4bit"], "--quantize"),
-])
-def test_a_wrong_flag_is_named(flags, message, capsys):
+BOTH = ["--method", "grpo+diffro"]
+
+
+@pytest.mark.parametrize("chapter, flags, message", [
+    (grpo_asr, ["--rewards", "R9"], "R1,R2,R3"), (grpo_asr, ["--micro", "5"], "--micro"),
+    (grpo_asr, ["--group", "1"], "--group must be 2"), (grpo_asr, ["--temperature", "0"], "--temperature"),
+    (grpo_asr, ["--resume", "nowhere"], "no run there"), (grpo_asr, ["--steps", "many"], "--steps"),
+    (grpo_asr, ["--quantize", "4bit"], "--quantize"), (diffro_tts, ["--filter", "positive"], "--filter"),
+    (diffro_tts, ["--tau", "0"], "--tau"), (diffro_tts, [*BOTH, "--teach", "recording"], "--teach"),
+    (diffro_tts, ["--group", "-1"], "--group"), (diffro_tts, [*BOTH, "--group", "1"], "--group")])
+def test_a_wrong_flag_is_named(chapter, flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        grpo_asr.parse_args(flags)
+        chapter.parse_args(flags)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.nn import Linear8bitLt
 from conftest import CPU, untrained
 
+import diffro_tts
 import grpo_tts
 from data import DataError, load_sentences, split_texts
 from engine.judges import Codec, Judge, Speaker
@@ -308,24 +309,27 @@ def test_embedded_texts_and_tests_are_disjoint_and_what_is_in_both_is_left_out(t
     assert not {s.text for s in texts} & {s.text for s in tests} and "1 texts of --data" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, message", [
+@pytest.mark.parametrize("chapter, flags, message", [*((grpo_tts, *case) for case in [
     (["--model", "checkpoints/token"], "--model checkpoints/token: no such folder"),
     (["--model", "checkpoints/asr"], "no speech tokens"), (["--codec", "checkpoints/tts"], "--codec checkpoints/tts"),
     (["--judge", "checkpoints/tts"], "--judge checkpoints/tts"), (["--data", "nowhere.txt"], "nowhere.txt: no such"),
     (["--speaker", "nowhere"], "--speaker nowhere"), (["--voices", "nowhere"], "nowhere: no such folder"),
     (["--batch", "1000"], "fewer than --batch"), (["--max-seconds", "0.1"], "a second of speech or more"),
     (["--max-seconds", "1000"], "positions"), (["--language", "klingon"], "--language klingon"),
-    (["--second-judge", "checkpoints/asr"], "must not be --judge")])
-def test_a_users_mistake_gets_one_line(loaded_once, flags, message):
+    (["--second-judge", "checkpoints/asr"], "must not be --judge")]), *((diffro_tts, *case) for case in [
+        (["--token2text", "nowhere"], "--token2text nowhere: no such folder"),
+        (["--token2text", "checkpoints/tts"], "--token2text checkpoints/tts"),
+        (["--teach", "recording", "--data", "data/test/keywords"], "--teach recording needs")])])
+def test_a_users_mistake_gets_one_line(loaded_once, chapter, flags, message):
     with pytest.raises(SystemExit) as stopped:
-        grpo_tts.main(["--device", "cpu", "--steps", "1", *flags])
+        chapter.main(["--device", "cpu", "--steps", "1", *flags])
     assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
     assert len(str(stopped.value).splitlines()) == 1
 
 
 # ---- the script --------------------------------------------------------------------------------------------
 
-def test_a_run_leaves_everything_behind(tmp_path):
+def test_a_run_leaves_everything_behind(loaded_once, tmp_path):
     """Two samples of every test text are evaluated. That it can be resumed is shown in test_diffro.py."""
     (tmp_path / "test.txt").write_text("\n".join(s.text for s in load_sentences("data/tts/test")[:3]))
     out = tmp_path / "run"

@@ -1,19 +1,22 @@
 """The paper's experiments at reduced scale: runs what is missing in docs/runs, then draws tables and pictures from it.
 
     python -m tools.reproduce                      tables and pictures from docs/runs, no training
-    python -m tools.reproduce --table 1            ASR: rewards and data, three seeds a row; 1-bf16, 1-8bit: on a GPU
-    python -m tools.reproduce --table 2            TTS: GRPO, DiffRO and both, three seeds a row; 2-lr1e-3: faster GRPO
-    python -m tools.reproduce --table 3            TTS: the defaults, then one flag changed a row; ours, not the paper's
+    python -m tools.reproduce --list               every row: whose it is, its script and flags
+    python -m tools.reproduce --table 1            ASR: the paper's rows, rewards and data, three seeds a row
+    python -m tools.reproduce --table 1-ours       ASR: rows that the paper has not: MWER, supervised, keyword lists
+    python -m tools.reproduce --table 2            TTS: the paper's rows, GRPO, DiffRO and both, three seeds a row
+    python -m tools.reproduce --table 2-ours       TTS: rows that the paper has not: R1 by tokens, soft samples, groups
     python -m tools.reproduce --figure 2           seconds a step by phase, here; on a GPU at real size too
-    python -m tools.reproduce --figure 3           four methods over 1,500 steps; 3-lr1e-3: faster GRPO
+    python -m tools.reproduce --figure 3           four methods over 2,500 steps
     python -m tools.reproduce --table 1 --quick    two small steps of one seed into runs/quick, to see that all works
 
 A row is a script and its flags; a run is a row and a seed. A finished run is one line of docs/runs/table1.jsonl: the
 arguments that are not the script's defaults, commit, device, summary.json, and the curves of its log, those of training
 thinned to 25 points, each the mean over a bin of steps. A run that has a line is not repeated; its whole log stays in
-runs/reproduce. Tables go between <!-- table1 --> and <!-- end --> of README.md and docs/*.md, pictures into
-docs/pictures; with --results DIR lines and pictures are DIR's and tables are printed. Flags that are not known here go
-to every script behind its own: `--table 2 --batch 4 --results runs/mine`.
+runs/reproduce. Lines of files without rows here (-k3: of before the formulas were the paper's) are drawn alike. Tables
+go between <!-- table1 --> and <!-- end --> of README.md and docs/*.md, pictures into docs/pictures; with --results DIR
+lines and pictures are DIR's and tables are printed. Flags that are not known here go to every script behind its own:
+`--table 2 --batch 4 --results runs/mine`.
 """
 import argparse
 import importlib
@@ -28,79 +31,77 @@ from pathlib import Path
 
 from tools import plot
 
-# of the paper: B 16, G 8, 1,500 steps; B 8 for the long runs, which would take twice as long
+# of the paper: B 16, G 8 where GRPO is used, DiffRO alone G 1; B 8 for the long runs, which would take twice as long
 TABLE2 = "--batch 16 --micro 64 --eval-every 100 --eval-samples 8"
-TABLE3 = "--eval-every 25 --eval-samples 8"
-FIGURE3 = "--steps 1500 --batch 8 --micro 64 --eval-every 100 --eval-samples 4"
-BOTH = "--method grpo+diffro"
+FIGURE3 = "--steps 2500 --batch 8 --micro 64 --eval-every 100 --eval-samples 4"
+BOTH = "--method grpo+diffro --group 8"
+D2 = "data/d2_long"          # the paper: longer than 20 s; here the long half, 4 to 15 s [choice]
+ALL = f"data/d0 data/d1 {D2} data/d3"
+ASR, TTS, DIFFRO = "grpo_asr.py", "grpo_tts.py", "diffro_tts.py"
 
-
-def by_rewards(name, script, flags):
-    """Three rows that differ in their rewards."""
-    return {f"{name}, {short}": (script, f"{flags} --rewards {rewards}")
-            for short, rewards in {"R1": "R1", "R1,2": "R1,R2", "R1,2,3": "R1,R2,R3"}.items()}
-
-
-ROWS = {  # {table or figure: {name of the row: (script, flags)}}
-    "table1": {
-        "supervised": ("grpo_asr.py", "--supervised"),
-        **by_rewards("GRPO", "grpo_asr.py", ""),
-        **{name: ("grpo_asr.py", f"--rewards R1,R2,R3 --data {data}") for name, data in {
-            "D1, hard cases": "data/d1", "D2, short": "data/d2_short", "D2, long": "data/d2_long",
-            "D3, keywords": "data/d3", "D0 to D3": "data/d0 data/d1 data/d2_short data/d2_long data/d3"}.items()},
-    },
-    "table1-8bit": {"GRPO, R1": ("grpo_asr.py", "--device cuda --quantize 8bit")},
-    "table2": {
-        **by_rewards("GRPO", "grpo_tts.py", TABLE2),
-        "DiffRO": ("diffro_tts.py", TABLE2),
-        **by_rewards("GRPO + DiffRO", "diffro_tts.py", f"{TABLE2} {BOTH} --filter none"),
-        **by_rewards("+ filter", "diffro_tts.py", f"{TABLE2} {BOTH}"),
-    },
-    "table2-lr1e-3": by_rewards("GRPO", "grpo_tts.py", f"{TABLE2} --lr 1e-3"),
-    "table3": {
-        "GRPO": ("grpo_tts.py", TABLE3),
-        "DiffRO": ("diffro_tts.py", TABLE3),
-        "DiffRO, B 16, G 1": ("diffro_tts.py", f"{TABLE3} --batch 16 --group 1"),
-        "DiffRO, B 32, G 1": ("diffro_tts.py", f"{TABLE3} --batch 32 --group 1 --micro 32"),
-        **{f"DiffRO, {flag}": ("diffro_tts.py", f"{TABLE3} --{flag}")
-           for flag in ("tau 0.5", "tau 2", "hard", "beta 0.01", "lr 1e-4", "lr 1e-3")},
-        "DiffRO over recordings, B 16": ("diffro_tts.py", f"{TABLE2} --teach recording"),
-        **{f"GRPO + DiffRO + filter, lambda {weight}": ("diffro_tts.py", f"{TABLE3} {BOTH} --weight {weight}")
-           for weight in ("0.3", "1", "3")},
-    },
+PAPER = {  # rows of the paper's tables: {table: {row: (script, flags, the paper's own figures)}}
+    "table1": {  # WER / Ins / Del, short and long
+        "no RL": (ASR, "", "10.25 / 2.51 / 2.25", "6.35 / 2.72 / 0.87"),
+        "R1 x D0": (ASR, "", "10.17 / 2.61 / 2.04", "6.63 / 3.05 / 0.87"),
+        "R1,2 x D0": (ASR, "--rewards R1,R2", "10.14 / 2.63 / 1.96", "6.54 / 3.01 / 0.84"),
+        "R1,2 x D0+D2": (ASR, f"--rewards R1,R2 --data data/d0 {D2}", "10.08 / 2.60 / 2.08", "6.35 / 2.86 / 0.69"),
+        "R1,2 x D1+D2": (ASR, f"--rewards R1,R2 --data data/d1 {D2}", "10.01 / 2.67 / 1.87", "6.25 / 2.69 / 0.82"),
+        "R1,2,3 x all": (ASR, f"--rewards R1,R2,R3 --data {ALL}", "9.71 / 2.61 / 1.68", "6.03 / 0.86 / 0.75")},
+    "table2": {  # WER / SS, Chinese and English
+        "no RL": (TTS, "", "4.280 / 77.64", "6.074 / 70.87"),
+        "DiffRO, R1": (DIFFRO, TABLE2, "3.418 / 77.00", "5.690 / 70.01"),
+        "GRPO, R1": (TTS, TABLE2, "3.710 / 77.26", "5.974 / 70.26"),
+        "combined, R1": (DIFFRO, f"{TABLE2} {BOTH} --filter none", "3.782 / 77.04", "6.239 / 70.13"),
+        "+ filter, R1": (DIFFRO, f"{TABLE2} {BOTH}", "3.381 / 76.73", "5.401 / 69.97"),
+        "+ filter, R1,2": (DIFFRO, f"{TABLE2} {BOTH} --rewards R1,R2", "3.330 / 77.37", "5.279 / 70.41"),
+        "+ filter, R1,2,3": (DIFFRO, f"{TABLE2} {BOTH} --rewards R1,R2,R3", "3.414 / 77.11", "5.579 / 70.05")},
     "figure3": {
-        "GRPO": ("grpo_tts.py", FIGURE3),
-        "DiffRO": ("diffro_tts.py", FIGURE3),
-        "GRPO + DiffRO": ("diffro_tts.py", f"{FIGURE3} {BOTH} --filter none"),
-        "GRPO + DiffRO + filter": ("diffro_tts.py", f"{FIGURE3} {BOTH}"),
-    },
-    "figure3-lr1e-3": {"GRPO": ("grpo_tts.py", f"{FIGURE3} --lr 1e-3")},
+        "GRPO": (TTS, FIGURE3), "DiffRO": (DIFFRO, f"{FIGURE3} --group 1"),
+        "combined": (DIFFRO, f"{FIGURE3} {BOTH} --filter none"), "+ filter": (DIFFRO, f"{FIGURE3} {BOTH}")},
 }
-ROWS["table1-bf16"] = {name: (script, f"{flags} --device cuda") for name, (script, flags) in ROWS["table1"].items()}
+OURS = {  # rows that the paper has not [choice]
+    "table1-ours": {
+        "supervised": (ASR, "--objective supervised"),
+        "MWER": (ASR, "--objective mwer"),
+        "supervised, then R1": (ASR, "--adapter {supervised}"),
+        "R1, k3": (ASR, "--kl k3"),
+        "R1, lists of 10": (ASR, "--hotwords 10"),
+        "R1,3, lists of 10": (ASR, "--hotwords 10 --rewards R1,R3")},
+    "table2-ours": {
+        "GRPO, R1,2": (TTS, f"{TABLE2} --rewards R1,R2"),
+        "GRPO, R1 by tokens": (TTS, f"{TABLE2} --judge token2text"),
+        "DiffRO, soft": (DIFFRO, f"{TABLE2} --soft"),
+        "DiffRO, G 8": (DIFFRO, f"{TABLE2} --group 8"),
+        "DiffRO over recordings": (DIFFRO, f"{TABLE2} --teach recording")},
+}
+ROWS = {what: {name: row[:2] for name, row in rows.items() if name != "no RL"} for what, rows in (PAPER | OURS).items()}
 
 RUNS, PICTURES = Path("docs/runs"), Path("docs/pictures")
 PHASES = ("encode", "rollout", "decode", "reward", "update")
-ASR_COLUMNS = {  # column: (test set, metric), %
-    "short WER": ("short", "wer"), "short ins": ("short", "insertions"), "long WER": ("long", "wer"),
-    "long ins": ("long", "insertions"), "keywords WER": ("keywords", "wer"), "keywords F1": ("keywords", "keyword_f1"),
+ASR_COLUMNS = {  # column: (test set, metric), %; those that a run has
+    **{f"{test} {short}": (test, key) for test in ("short", "long")
+       for short, key in (("WER", "wer"), ("ins", "insertions"), ("del", "deletions"))},
+    "keywords P": ("keywords", "keyword_precision"), "R": ("keywords", "keyword_recall"),
+    "F1": ("keywords", "keyword_f1"), "listed, not said": ("keywords", "listed_not_said"),
     "source WER": ("source", "wer"), "noise invented": ("noise", "hallucination_rate")}
 TTS_COLUMNS = {"WER, %": ("wer", 100), "SS": ("similarity", 1), "length": ("length_ratio", 1),
                "F0 spread": ("f0_spread", 1), "never stopped, %": ("truncated", 100)}
 DIGITS = {"SS": 3, "length": 3, "F0 spread": 2}                  # behind the point; 1 in all other columns
-DOTS = {  # tables that are drawn too: their columns
-    "table1": ["short WER", "long WER", "long ins", "keywords F1", "noise invented"],
-    **dict.fromkeys(("table2", "table3"), ["WER, %", "SS", "length", "F0 spread"])}
-CURVES = {  # picture of curves: (where its runs are, rows)
-    "figure3": ("figure3", ROWS["figure3"]), "figure3-lr1e-3": ("figure3-lr1e-3", ["GRPO"]),
-    "asr_curves": ("table1", ["GRPO, R1"]), "tts_curves": ("table3", ["GRPO", "DiffRO", "DiffRO, B 32, G 1"]),
-    "diffro_beta": ("table3", ["DiffRO", "DiffRO, beta 0.01"])}
+DOTS = {"1": ["short WER", "long WER", "long ins", "F1", "noise invented"],       # columns that are drawn, by table
+        "2": ["WER, %", "SS", "length", "F0 spread"], "3": ["WER, %", "SS", "length", "F0 spread"]}
+CURVES = {  # picture of curves: (where its runs are, rows; None = all)
+    "figure3": ("figure3", None), "figure3-k3": ("figure3-k3", None), "figure3-lr1e-3-k3": ("figure3-lr1e-3-k3", None),
+    "asr_curves": ("table1", ["R1 x D0"]), "asr_curves-k3": ("table1-k3", ["GRPO, R1"]),
+    "tts_curves-k3": ("table3-k3", ["GRPO", "DiffRO", "DiffRO, B 32, G 1"]),
+    "diffro_beta-k3": ("table3-k3", ["DiffRO", "DiffRO, beta 0.01"])}
 
 
 def parse_args(argv=None):
     """What to run and where; what it does not know goes to every script."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--table", choices=["1", "1-bf16", "1-8bit", "2", "2-lr1e-3", "3"], help="run what is missing of it")
-    p.add_argument("--figure", choices=["2", "3", "3-lr1e-3"], help="measure 2 here, or run what is missing of 3")
+    p.add_argument("--list", action="store_true", help="print the rows and stop")
+    p.add_argument("--table", choices=["1", "1-ours", "2", "2-ours"], help="run what is missing of it")
+    p.add_argument("--figure", choices=["2", "3"], help="measure 2 here, or run what is missing of 3")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of it")
     p.add_argument("--seeds", type=int, nargs="+", help="(default: 1 2 3 for a table, 1 for a figure)")
     p.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1; 8 to 12 on a large GPU)")
@@ -137,11 +138,13 @@ def append_line(path, line):
 
 
 def runs_of(results, what):
-    """{row: lines of its runs, by seed} of a table or figure, those that are there; the last of several counts."""
+    """{row: lines of its runs, by seed} of a table or figure, those that are there; the last of several counts. Rows
+    stand as in ROWS, those that are not there as in the file."""
     lines = {(line["row"], line["seed"]): line for line in read_lines(results / f"{what}.jsonl")}
     for line in lines.values():
         line["curve"] = {key: {int(step): value for step, value in at.items()} for key, at in line["curve"].items()}
-    return {name: runs for name in ROWS[what] if (runs := [lines[run] for run in sorted(lines) if run[0] == name])}
+    names = dict.fromkeys([*ROWS.get(what, ()), *(name for name, _ in lines)])
+    return {name: runs for name in names if (runs := [lines[run] for run in sorted(lines) if run[0] == name])}
 
 
 def line_of(folder, name, seed, script):
@@ -168,13 +171,18 @@ def small_tests(folder):
             "grpo_tts.py": speech, "diffro_tts.py": speech}
 
 
+def plain(name):
+    """A name for a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def run(args, small, name, seed):
     """One run to its end; returns its folder and exit status."""
     script, flags = ROWS[args.what][name]
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{args.results} {args.what} {name}".lower()).strip("-")
-    folder = Path("runs/reproduce", f"{slug}-seed{seed}")
+    folder = Path("runs/reproduce", f"{plain(f'{args.results} {args.what} {name}')}-seed{seed}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    flags = flags.format(supervised=f"runs/reproduce/{plain(f'{args.results} {args.what} supervised')}-seed{seed}")
     command = [sys.executable, script, *flags.split(), "--seed", str(seed), "--out", str(folder),
                *small.get(script, []), *args.flags]
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs)), **os.environ}          # a set one stays
@@ -222,7 +230,9 @@ def metrics(line, when):
     """{column: value} of a run "before" or "after". Recognition: the best adapter by `short`, greedily; %. Speech:
     sampled at temperature 1, after the last step."""
     if line["script"] == "grpo_asr.py":
-        return {c: 100 * line["summary"]["test"][s][when][key] for c, (s, key) in ASR_COLUMNS.items()}
+        test = line["summary"]["test"]
+        return {c: 100 * test[s][when][key] for c, (s, key) in ASR_COLUMNS.items()
+                if test.get(s, {}).get(when, {}).get(key) is not None}
     end = 0 if when == "before" else -1
     return {c: scale * list(line["curve"][f"eval_{key}"].values())[end] for c, (key, scale) in TTS_COLUMNS.items()}
 
@@ -244,12 +254,14 @@ def as_table(head, rows):
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, ["---"] * len(head), *rows])
 
 
-def markdown(rows):
-    """Rows as a Markdown table: the mean, and lowest and highest where there are several seeds."""
-    columns = list(rows["no RL"][0])
-    return as_table(["", "seeds", *columns], [
+def markdown(rows, paper=None):
+    """Rows as a Markdown table: the mean, and lowest and highest where there are several seeds; the paper's figures."""
+    columns = [c for c in rows["no RL"][0] if all(c in run for runs in rows.values() for run in runs)]
+    titles = ["paper zh", "paper en"] if "SS" in columns else ["paper short", "paper long"]
+    return as_table(["", "seeds", *columns, *(titles if paper else [])], [
         [name, "" if name == "no RL" else str(len(runs)),
-         *(mean_and_range([run[c] for run in runs], DIGITS.get(c, 1)) for c in columns)]
+         *(mean_and_range([run[c] for run in runs], DIGITS.get(c, 1)) for c in columns),
+         *(paper[name][2:] if paper else [])]
         for name, runs in rows.items()])
 
 
@@ -276,7 +288,7 @@ def phase_table(rows):
 
 def make_tables(runs, phases):
     """{its mark: Markdown} of every table for which there are lines."""
-    tables = {what: markdown(rows_of(rows)) for what, rows in runs.items() if rows and "table" in what}
+    tables = {what: markdown(rows_of(rows), PAPER.get(what)) for what, rows in runs.items() if "table" in what}
     return tables | ({"figure2": phase_table(phases)} if phases else {})
 
 
@@ -284,13 +296,14 @@ def draw_pictures(runs, phases, folder):
     """Every picture for which there are lines; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for what, columns in DOTS.items():
-        if runs[what]:
+    for what in runs:
+        if re.fullmatch(r"table\d(-ours|-k3)?", what):
             rows = rows_of(runs[what])
-            panels = {c: {name: [run[c] for run in each] for name, each in rows.items()} for c in columns}
+            panels = {c: {name: [run[c] for run in each] for name, each in rows.items()} for c in DOTS[what[5]]}
             drawn.append(plot.draw_rows(panels, folder / f"{what}.png"))
     for picture, (what, names) in CURVES.items():
-        if groups := {name: [line["curve"] for line in runs[what][name]] for name in names if name in runs[what]}:
+        there = runs.get(what, {})
+        if groups := {name: [line["curve"] for line in there[name]] for name in names or there if name in there}:
             drawn.append(plot.draw(groups, folder / f"{picture}.png"))
     if phases:
         drawn.append(plot.draw_phases({n: row["seconds"] for n, row in phases.items()}, PHASES, folder / "figure2.png"))
@@ -308,11 +321,18 @@ def refresh(page, tables):
 def main(argv=None):
     """Runs what is asked for and missing, then writes all tables and pictures."""
     args = parse_args(argv)
+    if args.list:
+        for what, rows in ROWS.items():
+            for name, (script, flags) in rows.items():
+                whose = "[paper]" if what in PAPER else "[choice]"
+                print(f"{what:12} {whose:9} {name:24} python {script} {flags}".rstrip())
+        return
     if args.what == "figure2":
         measure_all(args)
     elif args.what:
         run_missing(args)
-    runs, phases = {what: runs_of(args.results, what) for what in ROWS}, phase_rows(args.results)
+    there = sorted(path.stem for path in args.results.glob("*.jsonl") if path.stem != "figure2")
+    runs, phases = {what: runs_of(args.results, what) for what in there}, phase_rows(args.results)
     tables = make_tables(runs, phases)
     if args.results == RUNS:
         for page in [Path("README.md"), *sorted(Path("docs").glob("*.md"))]:
