@@ -85,7 +85,7 @@ def repeats_itself(text):
 # ---- R1 ----------------------------------------------------------------------------------------------------
 
 def asr_accuracy(text, hypothesis, language="en"):
-    """R1 [paper]: 1 - WER, clipped to [0, 1]; CER in languages without spaces.
+    """R1 [paper]: 1 - WER; clipped to [0, 1] [choice]; CER in languages without spaces.
 
     An empty text (nothing was said) gives 1 for an empty hypothesis and 0 for any text [choice].
     """

@@ -30,7 +30,8 @@ def parse_asr(argv=None, about=None):
     g.add_argument("--objective", choices=["grpo", "mwer", "supervised"], default="grpo", help="mwer: expected word "
                    "errors, what the paper names beside GRPO; supervised: the control, the transcripts themselves "
                    "(G = 1, A = 1, beta = 0) (default: grpo)")
-    add_grpo(g, batch=8, of="clips", paper=32, group=8, paper_group=12, micro=64)
+    add_grpo(g, batch=(8, "clips a step (default: 8; paper: 32)"), group=(8, "samples a clip (default: 8; paper: 12)"),
+             micro=64, lr="paper, all weights: 1e-5")
     g.add_argument("--max-tokens", type=int, default=0, help="longest transcript; 0 = 16 + 8 a second of audio")
     add_run(p)
     return read(p, argv)
@@ -72,9 +73,12 @@ def parse_speech(argv=None, about=None, diffro=False):
         g.add_argument("--soft", action="store_true", help="the softmax itself, not one-hot forward with its gradient "
                        "(straight-through), which is the paper's")
     g = p.add_argument_group("GRPO")
-    add_grpo(g, batch=4, of="texts", paper=16, group=8, paper_group=8, micro=16)
-    if diffro:
-        p.set_defaults(batch=None, group=None)                      # 16 and 1 for DiffRO alone, 4 and 8 beside GRPO
+    if diffro:                                                      # None: depends on --method
+        add_grpo(g, batch=(None, "texts a step (default: 16, as in the paper; beside GRPO 4)"),
+                 group=(None, "samples a text (default: 1, beside GRPO 8, both as in the paper)"), micro=16)
+    else:
+        add_grpo(g, batch=(4, "texts a step (default: 4; paper: 16)"),
+                 group=(8, "samples a text (default: 8, as in the paper)"), micro=16)
     add_run(p)
     p.add_argument("--eval-samples", type=int, default=1, help="of each test text: the WER of one each scatters by 2.7 "
                    "points, of k by that over sqrt(k) (default: 1)")
@@ -94,17 +98,15 @@ def add_policy(g, model, what):
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
 
 
-def add_grpo(g, batch, of, paper, group, paper_group, micro):
-    """Flags of Eqs. 1 to 3."""
+def add_grpo(g, batch, group, micro, lr="DiffRO's authors: 1e-5"):
+    """Flags of Eqs. 1 to 3; `batch` and `group` are a default and its help."""
     g.add_argument("--steps", type=int, default=200)
-    g.add_argument("--batch", type=int, default=batch, help=f"B, {of} a step (default: {batch}; paper: {paper}; "
-                   "16 and 16 for DiffRO alone)")
-    g.add_argument("--group", type=int, default=group, help=f"G, samples of each (default: {group}; paper: "
-                   f"{paper_group}; 1 and 1 for DiffRO alone)")
+    g.add_argument("--batch", type=int, default=batch[0], help=f"B, {batch[1]}")
+    g.add_argument("--group", type=int, default=group[0], help=f"G, {group[1]}")
     g.add_argument("--micro", type=int, default=micro, help="samples in one forward and backward: memory and speed, "
                    f"and which Gumbel draw of DiffRO goes where (default: {micro})")
     g.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the log-probs (default: 1)")
-    g.add_argument("--lr", type=float, default=3e-4, help="AdamW on LoRA (default: 3e-4; paper, all weights: 1e-5)")
+    g.add_argument("--lr", type=float, default=3e-4, help=f"AdamW on LoRA (default: 3e-4; {lr})")
     g.add_argument("--clip", type=float, default=0.2, help="eps of Eq. 3")
     g.add_argument("--beta", type=float, default=0.1, help="weight of the KL in Eq. 3 (paper: 0.1)")
     g.add_argument("--kl", choices=["k2", "k3"], default="k2", help="its estimator in the loss: k2 has the gradient of "
@@ -135,7 +137,8 @@ def read(p, argv):
         args.group, args.beta = 1, 0.0
     if "filter" in args:
         alone = args.method == "diffro"
-        args.batch, args.group = args.batch or (16 if alone else 4), args.group or (1 if alone else 8)
+        args.batch = (16 if alone else 4) if args.batch is None else args.batch
+        args.group = (1 if alone else 8) if args.group is None else args.group
         args.filter = args.filter or ("positive" if args.method == "grpo+diffro" else "none")
     check(p, args)
     return args

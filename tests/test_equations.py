@@ -98,7 +98,7 @@ def test_pitfall_7_mean_of_k3_is_the_exact_kl_on_an_enumerable_policy():
 
 # ---- Eq. 2-3 -----------------------------------------------------------------------------------------------
 
-def loss_by_the_paper(logp, old_logp, ref_logp, advantage, mask, clip, beta):
+def loss_by_the_paper(logp, old_logp, ref_logp, advantage, mask, clip, beta, kl):
     """Eq. 2-3 as loops over samples and tokens."""
     total = 0.0
     for i in range(len(logp)):
@@ -108,20 +108,21 @@ def loss_by_the_paper(logp, old_logp, ref_logp, advantage, mask, clip, beta):
                 ratio = math.exp(logp[i, t] - old_logp[i, t])
                 clipped = min(max(ratio, 1 - clip), 1 + clip)
                 d = ref_logp[i, t] - logp[i, t]
-                inner += min(ratio * advantage[i], clipped * advantage[i]) - beta * (math.exp(d) - d - 1)
+                estimate = d * d / 2 if kl == "k2" else math.exp(d) - d - 1
+                inner += min(ratio * advantage[i], clipped * advantage[i]) - beta * estimate
                 length += 1
         total += inner / length
     return float(-total / len(logp))
 
 
-@pytest.mark.parametrize("clip, beta", [(0.2, 0.1), (0.05, 0.0), (0.3, 1.0)])
-def test_eq3_against_loops(clip, beta):
+@pytest.mark.parametrize("clip, beta, kl", [(0.2, 0.1, "k2"), (0.05, 0.0, "k2"), (0.3, 1.0, "k3")])
+def test_eq3_against_loops(clip, beta, kl):
     logits, ids, old, ref, mask = random_step()
     advantage = torch.tensor([1.2, -0.7, 0.0, 0.4, -1.5, 2.0], dtype=torch.float64)
     logp = token_logprobs(logits, ids)
-    out = grpo_loss(logp, old, ref, advantage, mask, clip, beta)
-    assert float(out) == pytest.approx(loss_by_the_paper(logp, old, ref, advantage, mask, clip, beta), abs=1e-12)
-    assert float(grpo_loss(logp, old, ref, advantage.view(2, 3), mask, clip, beta)) == pytest.approx(float(out))
+    out = grpo_loss(logp, old, ref, advantage, mask, clip, beta, kl)
+    assert float(out) == pytest.approx(loss_by_the_paper(logp, old, ref, advantage, mask, clip, beta, kl), abs=1e-12)
+    assert float(grpo_loss(logp, old, ref, advantage.view(2, 3), mask, clip, beta, kl)) == pytest.approx(float(out))
 
 
 def test_eq3_gradient_against_finite_differences():

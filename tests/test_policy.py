@@ -90,11 +90,12 @@ def test_keywords_in_the_prompt_help(recogniser):
     texts = [u.text + "<|im_end|>" for u in clips]
     ids = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").input_ids
     mask = completion_mask(ids, end_tokens(policy)[0])
-    others = [replace(u, keywords=v.keywords) for u, v in zip(clips, clips[1:] + clips[:1])]
+    own = [replace(u, listed=u.keywords) for u in clips]
+    others = [replace(u, listed=v.keywords) for u, v in zip(clips, clips[1:] + clips[:1])]
     scores = []
-    for given, hotwords in ((clips, True), (clips, False), (others, True)):
+    for given in (own, clips, others):
         with torch.no_grad(), untrained(policy):
-            prompts = encode(policy, collate(processor, given, "en", hotwords))
+            prompts = encode(policy, collate(processor, given, "en"))
             scores.append(float(completion_logprobs(policy, prompts, ids, mask, 1, 1.0)[mask].mean()))
     assert scores[0] > scores[1] > scores[2], scores
 
@@ -183,7 +184,8 @@ def test_supervised_is_the_cross_entropy_of_the_transcripts(recogniser, clips):
     """The gradient of Eq. 3 on the transcripts with A = 1 and beta = 0 is that of their mean cross-entropy."""
     _, processor, policy = recogniser
     prompts = encode(policy, collate(processor, clips[:3], "en"))
-    taught = transcripts_as_rollout(policy, processor, prompts, clips[:3], 1.0)
+    with torch.no_grad():
+        taught = transcripts_as_rollout(policy, processor, prompts, clips[:3], 1.0)
 
     def gradient(loss):
         policy.zero_grad()

@@ -99,7 +99,7 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(sets, unbroken, tmp_path):
 
 
 def test_the_supervised_control_trains_on_the_transcripts(sets, tmp_path):
-    rows = run(tmp_path / "run", *sets, "--steps", "2", "--supervised", "--eval-every", "0")
+    rows = run(tmp_path / "run", *sets, "--steps", "2", "--objective", "supervised", "--eval-every", "0")
     rows = [row for row in rows if "reward" in row]
     assert [row["R1"] for row in rows] == [1, 1] and [row["wer"] for row in rows] == [0, 0]
     assert all(row["grad_norm"] > 0 for row in rows) and rows[0]["kl"] == 0 < rows[1]["kl"]

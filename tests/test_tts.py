@@ -19,11 +19,9 @@ from engine.speech import END, START, codes_of, evaluate, load, make_prompts, pr
 from grpo_tts import judged_advantages
 from rewards import (
     Speech,
-    diversity_reward,
     duration_reward,
     f0_spread,
     repeats,
-    token_diversity,
     tts_reward,
 )
 
@@ -42,14 +40,6 @@ def test_duration_reward_by_hand():
     assert torch.allclose(duration_reward(lengths), torch.tensor([[-0.5, 0, -0.5], [0, 0, 0], [0, 0, 0]]))
     assert torch.allclose(duration_reward(torch.tensor([[10, 20, 40, 100]])),      # the median is 30
                           torch.tensor([[-2 / 3, -1 / 3, -1 / 3, -7 / 3]]))
-
-
-def test_token_diversity_by_hand():
-    same, other = np.array([1, 2, 3, 4]), np.array([1, 2, 3, 9])
-    assert token_diversity([same, same, same]).tolist() == [0, 0, 0]
-    assert np.allclose(token_diversity([same, same, other]), [0.125, 0.125, 0.25])
-    assert np.allclose(token_diversity([same, np.array([], dtype=int)]), [1, 1])
-    assert token_diversity([same]).tolist() == [0]
 
 
 def tone(hertz):
@@ -80,14 +70,6 @@ def test_a_sample_too_short_for_a_voice_has_none():
     speaker, noise = Speaker("checkpoints/speaker", CPU), np.random.default_rng(0).standard_normal(5200)
     vectors = speaker.embed([noise[:n].astype(np.float32) for n in (3300, 5199, 5200)])
     assert vectors.norm(dim=1).tolist() == pytest.approx([0, 0, 1])
-
-
-def test_diversity_reward_stays_on_its_scale_and_rewards_variety():
-    steady, lively = tone(np.full(RATE, 150.0)), tone(100 * 2 ** (np.arange(RATE) / RATE))
-    a, b = np.arange(20), np.arange(20) + 100
-    reward = diversity_reward([a, a, a, b], [steady, steady, steady, lively], 2, RATE)
-    assert reward.shape == (2, 2) and (reward >= 0).all() and (reward <= 1).all()
-    assert reward[0].max() < 0.1 and reward[1].min() >= 0.5 and reward[1, 1] > reward[1, 0]
 
 
 def spoken(transcript, length=50, text="anna met peter in rome"):

@@ -81,19 +81,20 @@ PHASES = ("encode", "rollout", "decode", "reward", "update")
 ASR_COLUMNS = {  # column: (test set, metric), %; those that a run has
     **{f"{test} {short}": (test, key) for test in ("short", "long")
        for short, key in (("WER", "wer"), ("ins", "insertions"), ("del", "deletions"))},
-    "keywords P": ("keywords", "keyword_precision"), "R": ("keywords", "keyword_recall"),
-    "F1": ("keywords", "keyword_f1"), "listed, not said": ("keywords", "listed_not_said"),
+    "keywords P": ("keywords", "keyword_precision"), "keywords R": ("keywords", "keyword_recall"),
+    "keywords F1": ("keywords", "keyword_f1"), "listed, not said": ("keywords", "listed_not_said"),
     "source WER": ("source", "wer"), "noise invented": ("noise", "hallucination_rate")}
 TTS_COLUMNS = {"WER, %": ("wer", 100), "SS": ("similarity", 1), "length": ("length_ratio", 1),
                "F0 spread": ("f0_spread", 1), "never stopped, %": ("truncated", 100)}
 DIGITS = {"SS": 3, "length": 3, "F0 spread": 2}                  # behind the point; 1 in all other columns
-DOTS = {"1": ["short WER", "long WER", "long ins", "F1", "noise invented"],       # columns that are drawn, by table
-        "2": ["WER, %", "SS", "length", "F0 spread"], "3": ["WER, %", "SS", "length", "F0 spread"]}
+DOTS = {"1": ["short WER", "long WER", "long ins", "keywords F1", "noise invented"],           # what is drawn, by table
+        **dict.fromkeys("23", ["WER, %", "SS", "length", "F0 spread"])}
 CURVES = {  # picture of curves: (where its runs are, rows; None = all)
     "figure3": ("figure3", None), "figure3-k3": ("figure3-k3", None), "figure3-lr1e-3-k3": ("figure3-lr1e-3-k3", None),
     "asr_curves": ("table1", ["R1 x D0"]), "asr_curves-k3": ("table1-k3", ["GRPO, R1"]),
     "tts_curves-k3": ("table3-k3", ["GRPO", "DiffRO", "DiffRO, B 32, G 1"]),
     "diffro_beta-k3": ("table3-k3", ["DiffRO", "DiffRO, beta 0.01"])}
+KL_PICTURE = {"k3 in the loss": ("table1-ours", "R1, k3"), "k2": ("table1", "R1 x D0")}       # of seed 2
 
 
 def parse_args(argv=None):
@@ -138,12 +139,12 @@ def append_line(path, line):
 
 
 def runs_of(results, what):
-    """{row: lines of its runs, by seed} of a table or figure, those that are there; the last of several counts. Rows
-    stand as in ROWS, those that are not there as in the file."""
+    """{row: lines of its runs, by seed} of a table or figure, those that are there; the last of several counts. A file
+    without ROWS has those that stand in it."""
     lines = {(line["row"], line["seed"]): line for line in read_lines(results / f"{what}.jsonl")}
     for line in lines.values():
         line["curve"] = {key: {int(step): value for step, value in at.items()} for key, at in line["curve"].items()}
-    names = dict.fromkeys([*ROWS.get(what, ()), *(name for name, _ in lines)])
+    names = ROWS.get(what) or dict.fromkeys(name for name, _ in lines)
     return {name: runs for name in names if (runs := [lines[run] for run in sorted(lines) if run[0] == name])}
 
 
@@ -238,8 +239,9 @@ def metrics(line, when):
 
 
 def rows_of(runs):
-    """A table as {row: [{column: value} of every seed]}; no RL, as each run saw it before its first step."""
-    return {"no RL": [metrics(line, "before") for lines in runs.values() for line in lines],
+    """A table as {row: [{column: value} of every seed]}; no RL, as each run that starts there saw it."""
+    return {"no RL": [metrics(line, "before") for lines in runs.values() for line in lines
+                      if "adapter" not in line["arguments"]],
             **{name: [metrics(line, "after") for line in lines] for name, lines in runs.items()}}
 
 
@@ -297,7 +299,7 @@ def draw_pictures(runs, phases, folder):
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for what in runs:
-        if re.fullmatch(r"table\d(-ours|-k3)?", what):
+        if runs[what] and re.fullmatch(r"table\d(-ours|-k3)?", what):
             rows = rows_of(runs[what])
             panels = {c: {name: [run[c] for run in each] for name, each in rows.items()} for c in DOTS[what[5]]}
             drawn.append(plot.draw_rows(panels, folder / f"{what}.png"))
@@ -305,6 +307,10 @@ def draw_pictures(runs, phases, folder):
         there = runs.get(what, {})
         if groups := {name: [line["curve"] for line in there[name]] for name in names or there if name in there}:
             drawn.append(plot.draw(groups, folder / f"{picture}.png"))
+    seed2 = {name: [line["curve"] for line in runs.get(what, {}).get(row, ()) if line["seed"] == 2]
+             for name, (what, row) in KL_PICTURE.items()}
+    if all(seed2.values()):
+        drawn.append(plot.draw(seed2, folder / "kl.png"))
     if phases:
         drawn.append(plot.draw_phases({n: row["seconds"] for n, row in phases.items()}, PHASES, folder / "figure2.png"))
     return drawn
