@@ -215,10 +215,11 @@ def measure_all(args):
     import torch
 
     failed = []
-    rows = [row for row in read_lines(RUNS / "figure2.jsonl") if "seconds" in row]
-    for command in dict.fromkeys(f"{row['script']} --size {row['size']} --steps {row['steps']} {row['flags']}"
-                                 + (f" --gib {row['gib']:g}" if row["gib"] else "") for row in rows
-                                 if torch.cuda.is_available() or row["device"].startswith("cpu")):
+    commands = {(row["script"], row["size"], row["flags"], row["gib"]):
+                f"{row['script']} --size {row['size']} --steps {row['steps']} {row['flags']}"
+                + (f" --gib {row['gib']:g}" if row["gib"] else "") for row in read_lines(RUNS / "figure2.jsonl")
+                if "seconds" in row and (torch.cuda.is_available() or row["device"].startswith("cpu"))}
+    for command in commands.values():
         print(command, flush=True)
         if subprocess.run([sys.executable, "-m", "tools.measure", *command.split(), *args.flags,
                            "--log", f"{args.results}/figure2.jsonl"], stdout=subprocess.DEVNULL).returncode:
