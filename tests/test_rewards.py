@@ -203,3 +203,14 @@ def test_metrics_where_nothing_was_said():
 def test_metrics_refuse_lists_of_different_length():
     with pytest.raises(ValueError):
         asr_metrics(["a"], [])
+
+
+def test_the_thresholds_of_r2_are_where_they_are_said_to_be():
+    """Three times in a row, not two; over 30 % of the tokens in another script; eight characters, not four."""
+    kind = lambda *given: hallucination(*given).kind  # noqa: E731
+    assert kind("anna met peter", "anna met peter so so") == ""
+    assert kind("anna met peter", "anna met peter so so so") == "repetition"
+    assert kind("anna met peter today", "anna met петра сегодня") == "language"
+    assert kind("anna met peter today", "anna met peter сегодня") == ""
+    assert kind("我在北京", "我在北京吃饭看电影", "zh") == ""
+    assert kind("我在北京", "我在北京吃饭看电影听音乐", "zh") == "beyond"
