@@ -18,7 +18,7 @@ sample each, as in the paper. Left out: the multi-task rewards of [DR] (emotion,
     python diffro_tts.py --steps 200
     python diffro_tts.py --steps 200 --method grpo+diffro --filter positive --rewards R1,R2
 
-Last line:  WER by the second judge: 21.4 % -> 13.0 % (-39 %) in 200 steps.  Everything is in runs/diffro_tts-...
+Last line:  WER by the second judge: 21.4 % -> 11.1 % (-48 %) in 20 steps.  Everything is in runs/diffro_tts-...
 """
 import functools
 
