@@ -24,8 +24,8 @@ def row(text, before, after=None, voice="anna"):
     ("the cat sat down", "the big cat sad", "en", "the <ins>big</ins> cat <ruby>sad<rt>sat</rt></ruby> <del>down</del>",
      "3 errors in 4 words"),
     ("a b", "x y", "en", "<ruby>x<rt>a</rt></ruby> <ruby>y<rt>b</rt></ruby>", "2 errors in 2 words"),
-    ("two words", "", "en", "<del>two words</del>", "2 errors in 2 words"),
-    ("", "two words", "en", "<ins>two words</ins>", "2 errors in 0 words"),
+    ("blue birds", "", "en", "<del>blue birds</del>", "2 errors in 2 words"),
+    ("", "blue birds", "en", "<ins>blue birds</ins>", "2 errors in 0 words"),
     ("one", "one more", "en", "one <ins>more</ins>", "1 error in 1 word"),
     ("你好", "你", "zh", "你 <del>好</del>", "1 error in 2 characters"),
 ])
@@ -71,6 +71,6 @@ def test_sound_survives(tmp_path):
 
 def test_hostile_text_is_escaped(tmp_path):
     hostile = '<script>alert("&")</script>'
-    html = write_page(tmp_path, [row(hostile, clip(hostile), voice=hostile)], RATE, hostile).read_text()
+    html = write_page(tmp_path, [row(hostile, clip(hostile), voice=hostile)], RATE, hostile).read_text(encoding="utf-8")
     assert hostile not in html and html.count("<script>") == 1       # the page's own
     assert html.count("&lt;script&gt;alert(&quot;&amp;&quot;)&lt;/script&gt;") == 4     # title twice, text, voice

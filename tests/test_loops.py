@@ -135,13 +135,14 @@ def test_the_step_of_chapter_1_is_that_of_the_paper(few, tmp_path, monkeypatch, 
     spy.move()
     run, processor, clips, *_ = spy.made
     assert spy.seeds == [1_000_003 * 3, 1_000_003 * 3 + 1]                          # new noise every step
-    logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()]
     for step in (0, 1):
         batch = [clips[i] for i in grpo_asr.batch_indices(step, len(clips), 2, 3)]
         rollout, loss, k3 = spy.rollouts[step], 0.0, []
         starts = [grpo_asr.encode(run.policy, collate(processor, [u], "en")).embeds[0] for u in batch]
         texts = grpo_asr.decode(processor, rollout)
-        reward = [max(0, 1 - jiwer.wer(batch[i // 4].text, normalize_text(text))) for i, text in enumerate(texts)]
+        pairs = [(normalize_text(batch[i // 4].text), normalize_text(text)) for i, text in enumerate(texts)]
+        reward = [max(0, 1 - jiwer.wer(*pair)) for pair in pairs]
         assert max(reward[:4]) > min(reward[:4]) or max(reward[4:]) > min(reward[4:])
         advantage = advantages_by_the_paper(reward[:4]) + advantages_by_the_paper(reward[4:])
         for i, _, _, _, logp, ref_logp in pulled(run.policy, rollout, starts, 4, 1.6):
@@ -260,7 +261,7 @@ def test_the_best_adapter_is_what_is_evaluated_in_the_end(few, tmp_path, monkeyp
     out = tmp_path / "run"
     chapter.main([*SMALL, "--eval-every", "1", "--group", "4", "--micro", "8", "--test", str(test), "--out", str(out),
                   *flags, *rewards])
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     found = {name: summary[name] for name in ("before", "after", "best", "best_step", "last", "steps")}
     assert found == {"before": 0.5, "after": 0.2, "best": 0.2, "best_step": 1, "last": 0.4, "steps": 2}
 
@@ -278,7 +279,7 @@ def test_what_is_reported_is_what_the_second_judge_hears(few, tmp_path, monkeypa
     monkeypatch.setattr(engine.speech, "load_judges", scripted)
     grpo_tts.main([*SMALL, "--steps", "0", "--max-seconds", "1", "--test", str(few / "texts.txt"), "--out",
                    str(tmp_path / "run")])
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    summary = json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))
     assert summary["before"] == summary["after"] == pytest.approx(jiwer.wer(TEXTS, [TEXTS[0]] * 3), abs=1e-5)
     assert summary["before"] > 0.3
 
