@@ -10,11 +10,17 @@ soundfile reads (wav, flac, ogg, mp3).
     batch_indices(step, ...)   which of them a step trains on: a function of the seed and the step alone
 """
 import functools
+import hashlib
 import json
 import os
+import re
+import struct
 import sys
+import unicodedata
 import zlib
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +29,26 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
-from rewards import normalize_text
+from rewards import by_character, normalize_text
 
 EMBEDDED = Path(__file__).resolve().parent / "data"
+POOLS = {EMBEDDED / name for name in ("d0", "d1", "d2_long", "d2_short", "d3", "tts/train.jsonl")}     # to train on
 TESTS = ("short", "long", "keywords", "noise", "source")  # of the embedded test sets, in the order of the table
-SHORTEST = 0.1  # seconds; a shorter clip has hardly a frame of features
+SHORTEST = 0.1      # seconds; a shorter clip has hardly a frame of features
+LONGEST = 7200      # seconds, and
+MOST_SAMPLES = 2 ** 29      # of all channels: what a header may claim before anything is read
+RATES = 4_000, 400_000      # Hz
+LOUDEST = 10        # times full scale: samples beyond are no sound, or were never scaled
+FASTEST = 7, 14     # words, or characters, a second: no one speaks so fast
 
 
 class DataError(ValueError):
     """Something in a user's data or arguments is wrong: one line that says what, where and how to mend it."""
+
+
+def reason(error):
+    """The first line of what an exception says, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -42,33 +59,124 @@ class Utterance:
     text: str
     keywords: tuple = ()
     voice: str = ""
-    snr_db: float | None = None
     seconds: float = 0.0
     listed: tuple | None = None  # the keyword list of its prompt, words among them that are not said
+    sound: str = ""              # a digest of its samples: the same recording under another name has the same
 
     def waveform(self, rate):
         """float32 (samples,) at `rate` Hz, mono."""
         return read_audio(self.path, rate)
 
 
-@functools.lru_cache(maxsize=4096)
+# ---- audio -------------------------------------------------------------------------------------------------
+
+class Cache(OrderedDict):
+    """Decoded audio, the latest used last, at most `limit` bytes of it."""
+
+    limit, held = 2 ** 30, 0
+
+    def keep(self, key, wave):
+        self[key] = wave
+        self.held += wave.nbytes
+        while self.held > self.limit:
+            self.held -= self.popitem(last=False)[1].nbytes
+
+
+CACHE = Cache()
+
+
 def read_audio(path, rate):
-    """The file as a mono float32 array (samples,) at `rate` Hz. Raises DataError for anything but sound."""
-    if not os.path.exists(path):  # Path.exists raises for a name that is too long
-        raise DataError(f"{path}: no such file")
-    try:
-        wave, original = sf.read(path, dtype="float32", always_2d=True)     # (samples, channels)
-    except (sf.LibsndfileError, OSError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as audio ({error})") from None
-    wave = wave.mean(axis=1)
-    if not np.isfinite(wave).all():
-        raise DataError(f"{path}: holds {int((~np.isfinite(wave)).sum())} samples that are not numbers")
-    if len(wave) < SHORTEST * original:
-        raise DataError(f"{path}: {len(wave) / original:.2f} s long, under the least of {SHORTEST} s")
-    if original != rate:
-        wave = torchaudio.functional.resample(torch.from_numpy(wave), original, rate).numpy()
+    """`decode_audio(path, rate)`, which is kept for the next time."""
+    key = os.fspath(path), rate
+    if key in CACHE:
+        CACHE.move_to_end(key)
+        return CACHE[key]
+    wave = decode_audio(path, rate)
+    CACHE.keep(key, wave)
     return wave
 
+
+def decode_audio(path, rate):
+    """The file as a mono float32 array (samples,) at `rate` Hz. Raises DataError for anything but sound.
+
+    Mono is the mean of the channels, or the loudest of them where they cancel each other out.
+    """
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        raise DataError(f"{path}: {missing(Path(path))}")
+    try:
+        info = sf.info(path)
+        check_header(path, info)
+        wave, original = sf.read(path, dtype="float32", always_2d=True)     # (samples, channels)
+    except (sf.LibsndfileError, OSError, TypeError, ValueError, MemoryError) as error:
+        if isinstance(error, DataError):
+            raise
+        pointer = is_pointer(path)
+        raise DataError(f"{path}: {pointer or f'cannot be read as audio ({error})'}") from None
+    if len(wave) < info.frames:
+        raise DataError(f"{path}: ends after {len(wave)} of {info.frames} samples: copied in part?")
+    mono = wave.mean(axis=1)
+    loudness = lambda x: np.sqrt(np.square(x, dtype=np.float64).mean(axis=0)) if len(x) else 0.0  # noqa: E731
+    if wave.shape[1] > 1 and loudness(mono) < 0.3 * np.max(loudness(wave)):         # one inverted, say
+        mono = wave[:, np.argmax(loudness(wave))].copy()
+    if not np.isfinite(mono).all():
+        raise DataError(f"{path}: holds {int((~np.isfinite(mono)).sum())} samples that are not numbers")
+    if len(mono) < SHORTEST * original:
+        raise DataError(f"{path}: {len(mono) / original:.2f} s long, under the least of {SHORTEST} s")
+    if (peak := float(np.abs(mono).max())) > LOUDEST:
+        raise DataError(f"{path}: has samples of {peak:.3g}, where full scale is 1: not scaled, or damaged")
+    if original != rate:    # a ratio near enough (to 1e-6 at 44,101 Hz) whose filter has a million numbers at most
+        ratio = Fraction(original, rate).limit_denominator(int((1e6 * rate / original) ** 0.5))
+        mono = torchaudio.functional.resample(torch.from_numpy(mono), ratio.numerator, ratio.denominator).numpy()
+    return mono
+
+
+def check_header(path, info):
+    """DataError for a header that claims more than there can be, and for a WAV that holds less than it says."""
+    if info.frames * info.channels > MOST_SAMPLES or info.duration > LONGEST:
+        raise DataError(f"{path}: claims {info.duration / 3600:.3g} hours in {info.channels} channels; "
+                        f"{LONGEST // 3600} hours are the most, or its header is damaged")
+    if not RATES[0] <= info.samplerate <= RATES[1]:
+        raise DataError(f"{path}: a rate of {info.samplerate} Hz; those from {RATES[0]} to {RATES[1]} are read")
+    if info.format not in ("WAV", "WAVEX"):
+        return
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:                      # libsndfile takes a data chunk for as long as the file is
+        order = "<" if file.read(12)[:4] == b"RIFF" else ">"
+        while len(chunk := file.read(8)) == 8:
+            name, length = struct.unpack(f"{order}4sI", chunk)
+            if name == b"data":
+                missed = length - (size - file.tell())
+                if missed > 0 and length < 2 ** 31 - 2 ** 16:       # a stream's writer leaves a number like 2^32 - 1
+                    raise DataError(f"{path}: ends {missed} bytes before its header says: copied in part?")
+                return
+            file.seek(length + length % 2, 1)
+
+
+def missing(path):
+    """Why there is no file at `path`, as far as its name tells."""
+    alike = lambda name: unicodedata.normalize("NFC", name).casefold()  # noqa: E731
+    try:
+        if path.exists():
+            return "cannot be read as audio (not a regular file)"
+        if "\\" in str(path):
+            return "no such file; paths are written with /"
+        for form in ("NFC", "NFD"):
+            if Path(unicodedata.normalize(form, str(path))).exists():
+                return f"no such file; there is one whose name is written in another Unicode form ({form})"
+        if other := next((p.name for p in path.parent.iterdir() if alike(p.name) == alike(path.name)), None):
+            return f"no such file; there is a {other}"
+    except OSError:                                     # a name that is too long, a folder that is not there
+        pass
+    return "no such file"
+
+
+def is_pointer(path):
+    """What to say of a Git LFS pointer in the place of a file, "" where it is none."""
+    with open(path, "rb") as file:
+        return "a Git LFS pointer, not the file itself: git lfs pull" if file.read(19) == b"version https://git" else ""
+
+
+# ---- metadata ----------------------------------------------------------------------------------------------
 
 def parse_row(line, *strings):
     """One line of metadata -> dict whose keys `strings` hold text. Raises DataError without the line number."""
@@ -80,26 +188,39 @@ def parse_row(line, *strings):
         raise DataError(f"not JSON that can be read ({str(error)[:80]})") from None
     if not isinstance(row, dict):
         raise DataError("not a JSON object")
+    if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        raise DataError("holds half a character (a lone surrogate)")
     for key in strings:
         if not isinstance(row.get(key), str) or (key == "file_name" and not row[key]):
-            raise DataError(f'needs "{key}" as a string')
-        if any("\ud800" <= c <= "\udfff" for c in row[key]):
-            raise DataError(f'"{key}" holds half a character (a lone surrogate)')
+            raise DataError(f'needs "{key}" as a string; it has {", ".join(row)[:80] or "nothing"}')
     return row
+
+
+def listed(row, key, kind):
+    """The list `row[key]` as a tuple, () where there is none. Raises DataError unless every member is a `kind`."""
+    value = row.get(key)
+    if value is not None and (not isinstance(value, list) or any(type(member) is not kind for member in value)):
+        raise DataError(f'"{key}" must be a list of {"strings" if kind is str else "whole numbers"}')
+    return tuple(value or ())
+
+
+def voice_of(row):
+    """The name in row["voice"], "" where there is none; a number is a name too."""
+    voice = row.get("voice")
+    if voice is None or isinstance(voice, str | int) and not isinstance(voice, bool):
+        return "" if voice is None else str(voice)
+    raise DataError('"voice" must be a string')
 
 
 def read_line(folder, line, rate, max_seconds):
     """One line of metadata -> Utterance. Raises DataError without the line number, which the caller knows."""
     row = parse_row(line, "file_name", "text")
-    keywords = row.get("keywords") or []
-    if not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords):
-        raise DataError('"keywords" must be a list of strings')
-    wave = read_audio(folder / row["file_name"], rate)
+    path, keywords, voice = folder / row["file_name"], listed(row, "keywords", str), voice_of(row)
+    wave = read_audio(path, rate)
     seconds = len(wave) / rate
     if max_seconds and seconds > max_seconds:
-        raise DataError(f"{folder / row['file_name']}: {seconds:.1f} s long, over --max-seconds {max_seconds:g}")
-    return Utterance(folder / row["file_name"], row["text"], tuple(keywords), str(row.get("voice") or ""),
-                     row.get("snr_db"), seconds)
+        raise DataError(f"{path}: {seconds:.7g} s long, over --max-seconds {max_seconds:g}")
+    return Utterance(path, row["text"], keywords, voice, seconds, sound=hashlib.sha1(wave.data).hexdigest())
 
 
 def load_folder(folder, rate=16_000, max_seconds=30.0, skip_bad=False):
@@ -111,8 +232,10 @@ def load_folder(folder, rate=16_000, max_seconds=30.0, skip_bad=False):
     folder = Path(folder)
     table = folder / "metadata.jsonl"
     if not table.is_file():
-        what = "no such folder" if not folder.is_dir() else "the folder has no metadata.jsonl"
-        raise DataError(f"{folder}: {what}; see data.py for the form of a data set")
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder" + (not folder.is_absolute()) * f" in {Path.cwd()}")
+        others = "".join(f", but {p.name}" for p in sorted(folder.glob("metadata.*")))
+        raise DataError(f"{folder}: the folder has no metadata.jsonl{others}; see data.py for the form of a data set")
     return read_lines(table, lambda line: read_line(folder, line, rate, max_seconds), skip_bad)
 
 
@@ -123,6 +246,8 @@ def read_lines(table, read, skip_bad=False):
         lines = Path(table).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{table}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if is_pointer(table):
+        raise DataError(f"{table}: {is_pointer(table)}")
     for number, line in enumerate(tqdm(lines, desc=f"read {table}", leave=False, disable=None), 1):
         if not line.strip():
             continue
@@ -151,64 +276,130 @@ class Sentence:
 
 
 def load_sentences(path, skip_bad=False):
-    """Texts to be spoken: a plain text file with one a line, or a metadata.jsonl or its folder ("text" is needed;
-    "voice", "file_name", a recording, and "tokens", its speech tokens, are used where they are given)."""
+    """Texts to be spoken: a plain text file, .txt, with one a line, or a metadata.jsonl or its folder ("text" is
+    needed; "voice", "file_name", a recording, and "tokens", its speech tokens, are used where they are given)."""
     path = Path(path)
     table = path / "metadata.jsonl" if path.is_dir() else path
     if not table.is_file():
         raise DataError(f"{path}: no such file, and no folder with a metadata.jsonl")
+    plain = table.suffix.lower() == ".txt"
+    if not plain and table.suffix.lower() != ".jsonl":
+        raise DataError(f"{path}: texts are read from .txt, one a line, or .jsonl, not "
+                        f"{table.suffix or 'without a suffix'}: convert or rename it")
 
     def read(line):
-        if table.suffix != ".jsonl":
-            row = {"text": line}
-        else:
-            row = parse_row(line, "text")
+        row = {"text": plain_text(line)} if plain else parse_row(line, "text")
         if not any(c.isalnum() for c in row["text"]):
             raise DataError("no word in it that could be said")
         name, seconds = row.get("file_name"), 0.0
-        if name:
+        if name is not None:
             parse_row(line, "file_name")
             seconds = len(read_audio(table.parent / name, 16_000)) / 16_000
-        codes = row.get("tokens") or []
-        if not isinstance(codes, list) or not all(type(c) is int and c >= 0 for c in codes):
-            raise DataError('"tokens" must be a list of whole numbers')
-        return Sentence(" ".join(row["text"].split()), str(row.get("voice") or ""), seconds, tuple(codes))
+        codes = listed(row, "tokens", int)
+        if codes and min(codes) < 0:
+            raise DataError('"tokens" must be a list of whole numbers from 0')
+        return Sentence(" ".join(row["text"].split()), voice_of(row), seconds, codes)
 
     return read_lines(table, read, skip_bad)
 
 
+TABLE_ROW = re.compile(r"""\t | \|                                     # columns
+    | ^"[^"]*"[,;] | [,;]"[^"]*"(?:[,;]|$) | ^\d+[,;](?!\d{3}\b)\S         # quoted cells, a number before the text
+    | \.(?:wav|flac|ogg|mp3|opus|m4a)\b""", re.X | re.I)
+
+
+def plain_text(line):
+    """A line of a .txt. Raises DataError where it is a line of something else, whose markup would be spoken."""
+    line = line.strip()
+    try:
+        is_json = line[0] in "[{" and isinstance(json.loads(line), dict | list)
+    except (ValueError, RecursionError):
+        is_json = False
+    cells = re.split("[,;]", line.lower())
+    header = len(cells) > 1 and {"text", "sentence", "transcript", "transcription"} & set(cells)
+    if is_json:
+        raise DataError("JSON in a .txt; name the file .jsonl")
+    if header or TABLE_ROW.search(line):
+        raise DataError("a row of a table in a .txt; give one text a line, or a metadata.jsonl")
+    if re.search(r"</?[A-Za-z][^<>]*>|-->", line):
+        raise DataError("markup in a .txt, which would be spoken; give one plain text a line")
+    return line
+
+
+# ---- what is trained on, and what is tested on -------------------------------------------------------------
+
+def are_ours(paths):
+    """Whether all of `paths` are embedded pools, known by name: those have test sets of their own."""
+    return all(Path(path).resolve() in POOLS for path in paths)
+
+
+def hold_out(items, most, args):
+    """(items left, a tenth of them, at most `most`, to test on). What says the same is held together: a voice more that
+    says a sentence is no new sentence."""
+    order = np.random.default_rng(args.seed).permutation(len(items))
+    texts = [normalize_text(item.text, args.language) or i for i, item in enumerate(items)]
+    rank = {}
+    for i in order:
+        rank.setdefault(texts[i], len(rank))
+    order = sorted(order, key=lambda i: rank[texts[i]])
+    held = min(most, max(1, len(items) // 10))
+    print(f"no --test given: {held} of {len(items)} lines of --data are held out as the test set")
+    return [items[i] for i in order[held:]], [items[i] for i in order[:held]]
+
+
+def leave_out(items, tests, args):
+    """The items that are not in `tests` too: no recording of theirs, by path or by sound, and no text. Says how many
+    are left out, and raises DataError where fewer than --batch are left."""
+    def marks(item):
+        return {"file": getattr(item, "path", None) and item.path.resolve(), "sound": getattr(item, "sound", None),
+                "text": normalize_text(item.text, args.language)}
+
+    known = {(what, mark) for item in tests for what, mark in marks(item).items() if mark}
+    found = [next((what for what, mark in marks(item).items() if (what, mark) in known), None) for item in items]
+    counts, kept = Counter(filter(None, found)), [item for item, what in zip(items, found) if not what]
+    if counts:
+        print(f"{counts.total()} lines of --data are in the test set too: left out of the training ("
+              + ", ".join(f"{number} by {what}" for what, number in counts.items()) + ")")
+    if len(kept) < args.batch:
+        why = ", and --test holds the same" if counts and args.test else ", the rest says the same as what is held out"
+        raise DataError(f"{len(kept)} of {len(items)} lines of --data to train on, fewer than --batch {args.batch}"
+                        f"{why if counts else ''}")
+    return kept
+
+
+def warn_of_haste(clips, args):
+    """Says how many recordings hold more text than anyone can say in their time: cut short, or of another text."""
+    most = FASTEST[by_character(args.language)]
+    fast = [c for c in clips if len(normalize_text(c.text, args.language).split()) > most * max(c.seconds, 1)]
+    if fast:
+        print(f"{len(fast)} of {len(clips)} recordings say more than {most} tokens a second: cut short, or of another "
+              f"text? The first: {fast[0].path}")
+
+
 def split_texts(args):
     """(sentences of --data, sentences of --test). Without --test: the embedded test texts; where --data is the user's
-    own, a tenth of it (at most 100). A text of both is left out of the training."""
+    own, a tenth of it (at most 100). What is tested is left out of the training."""
     texts = [s for path in args.data for s in load_sentences(path, args.skip_bad)]
-    if args.test or all(Path(path).resolve().is_relative_to(EMBEDDED) for path in args.data):
+    if args.test or are_ours(args.data):
         tests = load_sentences(args.test or EMBEDDED / "tts" / "test", args.skip_bad)
     else:
-        order = np.random.default_rng(args.seed).permutation(len(texts))
-        held = min(100, max(1, len(texts) // 10))
-        tests, texts = [texts[i] for i in order[:held]], [texts[i] for i in order[held:]]
-        print(f"no --test given: {held} texts of --data are held out as the test set")
-    known = {normalize_text(s.text, args.language) for s in tests}
-    kept = [s for s in texts if normalize_text(s.text, args.language) not in known]
-    if len(kept) < len(texts):
-        print(f"{len(texts) - len(kept)} texts of --data are in the test set too: left out of the training")
-    texts = kept
-    if len(texts) < args.batch:
-        raise DataError(f"{len(texts)} texts to train on, fewer than --batch {args.batch}")
-    return texts, tests
+        texts, tests = hold_out(texts, 100, args)
+    return leave_out(texts, tests, args), tests
 
 
-def with_lists(utterances, pool, count, seed):
+def with_lists(utterances, pool, count, args):
     """The utterances with keyword lists for their prompts: their own and `count` others of `pool` that are not said, in
     random order, a function of the seed and the file alone. Without such distractors a list gives the answer away and
     a keyword reward has nothing to teach (arXiv 2512.21828)."""
-    pool, found = sorted(set(pool)), []
+    pool, found = {k: normalize_text(k, args.language) for k in sorted(pool)}, []
+    names, widths = list(pool), {len(k.split()) for k in pool.values()}
     for u in utterances:
-        rng = np.random.default_rng([seed, zlib.crc32(str(u.path.name).encode()), zlib.crc32(u.text.encode())])
-        said = f" {normalize_text(u.text)} "
-        others = [k for k in pool if k not in u.keywords and f" {normalize_text(k)} " not in said]
-        drawn = rng.choice(len(others), size=min(count, len(others)), replace=False)
-        words = [*u.keywords, *(others[i] for i in drawn)]
+        rng = np.random.default_rng([args.seed, zlib.crc32(str(u.path.name).encode()), zlib.crc32(u.text.encode())])
+        said = normalize_text(u.text, args.language).split()
+        grams = {" ".join(said[i:i + n]) for n in widths for i in range(len(said) - n + 1)}
+        enough = min(len(names), count + len(grams) + len(u.keywords))          # of which that many may be said
+        drawn = [names[i] for i in rng.choice(len(names), size=enough, replace=False)]
+        words = [*u.keywords, *[k for k in drawn if k not in u.keywords and pool[k] not in grams][:count]]
         found.append(replace(u, listed=tuple(words[i] for i in rng.permutation(len(words)))))
     return found
 
@@ -217,30 +408,28 @@ def split_clips(args, rate):
     """(utterances of --data, {name: utterances} of --test, the name of the set that chooses the best adapter).
 
     Without --test: the embedded test sets; where --data is the user's own, a tenth of it (at most 200) is held out.
-    The first set in which something is said chooses.
+    The first set in which something is said chooses. What is tested is left out of the training.
     """
     def read(folder):
         return load_folder(folder, rate, args.max_seconds, args.skip_bad)
 
     train = [u for folder in args.data for u in read(folder)]
-    if args.test or all(Path(folder).resolve().is_relative_to(EMBEDDED) for folder in args.data):
+    if args.test or are_ours(args.data):
         folders = [Path(folder) for folder in args.test or [EMBEDDED / "test" / name for name in TESTS]]
         tests = {folder.resolve().name: read(folder) for folder in folders}
         if len(tests) < len(folders):
             raise DataError("--test: two folders of the same name; the table could not tell them apart")
     else:
-        order = np.random.default_rng(args.seed).permutation(len(train))
-        held = min(200, max(1, len(train) // 10))
-        tests, train = {"held-out": [train[i] for i in order[:held]]}, [train[i] for i in order[held:]]
-        print(f"no --test given: {held} utterances of --data are held out as the test set")
-    if len(train) < args.batch:
-        raise DataError(f"{len(train)} utterances to train on, fewer than --batch {args.batch}")
+        train, held = hold_out(train, 200, args)
+        tests = {"held-out": held}
+    train = leave_out(train, [u for test in tests.values() for u in test], args)
+    warn_of_haste([*train, *(u for test in tests.values() for u in test)], args)
     if args.hotwords is not None:
         pool = {k for u in train for k in u.keywords}
         if not pool:
             raise DataError("--hotwords needs keywords, and --data has none in its metadata.jsonl")
-        train = with_lists(train, pool, args.hotwords, args.seed)
-        tests = {name: with_lists(test, pool, args.hotwords, args.seed) for name, test in tests.items()}
+        train = with_lists(train, pool, args.hotwords, args)
+        tests = {name: with_lists(test, pool, args.hotwords, args) for name, test in tests.items()}
     spoken = [name for name in tests if any(normalize_text(u.text, args.language) for u in tests[name])]
     if not spoken:
         raise DataError("no test set with words in it: the best adapter is chosen by WER, which needs some")

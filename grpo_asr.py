@@ -21,6 +21,7 @@ off, or the adapter that the run starts from.
 Last line:  short WER: 16.4 % -> 1.5 % (-91 %) in 200 steps.  Everything is in runs/grpo_asr-...
 """
 import functools
+import itertools
 
 from engine.settings import parse_asr
 
@@ -36,6 +37,7 @@ from engine.recognisers import answers, collate, embed, rate
 from engine.report import (
     group_figures,
     percent,
+    print_start,
     print_table,
     print_times,
     print_transcripts,
@@ -53,7 +55,7 @@ from engine.sampling import (
     sample,
     self_check,
 )
-from rewards import asr_metrics, asr_reward
+from rewards import asr_metrics, asr_reward, normalize_text
 
 # Shapes: B clips a step, G samples each, N = B G samples, T tokens of a transcript, L of a prompt, D width,
 # M samples of a micro-batch.
@@ -121,7 +123,7 @@ def train(args):
     """The whole run: set up, the seven steps of the loop, what is left behind."""
     run, processor, clips, tests, main_test = set_up(args)
     policy, eos, rewards = run.policy, end_tokens(run.policy), args.rewards.split(",")
-    keywords = {k for u in clips for k in u.keywords}             # R3 watches for every keyword of the domain
+    keywords = frozenset(k for u in clips for k in u.keywords)    # R3 watches for every keyword of the domain
     supervised = args.objective == "supervised"
     for step in run.steps():
         # 1 prompts: the audio of the step, encoded once
@@ -183,7 +185,7 @@ def load(args, device):
     skip = [r"(?!.*language_model).*"]                                # all but the LLM, whatever the class
     processor, base = load_recogniser(args.model, dtype=precision(device), device_map=device,
                                       quantization_config=quantization(args.quantize, skip))
-    return processor, add_adapters(base, r".*language_model.*\.(q|k|v|o|gate|up|down)_proj", args.lora_rank, args.seed)
+    return processor, add_adapters(base, "language_model", args.lora_rank, args.seed)
 
 
 def set_up(args):
@@ -194,7 +196,9 @@ def set_up(args):
     clips, tests, main_test = split_clips(args, rate(processor))
     if "R3" in args.rewards and not any(u.keywords for u in clips):
         raise DataError("--rewards R3 needs keywords, and --data has none in its metadata.jsonl")
-    check(policy, processor, [clips[i] for i in batch_indices(0, len(clips), args.batch, args.seed)], args)
+    print_start(policy, f"{len(clips)} clips, {sum(u.seconds for u in clips):.0f} s", tests)
+    order = batch_indices(0, len(clips), len(clips), args.seed)
+    check(policy, processor, [clips[i] for i in order], args)
     run = Run("grpo_asr", args, policy)
     if not args.resume:
         with run.phase("evaluate"):
@@ -205,10 +209,12 @@ def set_up(args):
     return run, processor, clips, tests, main_test
 
 
-def check(policy, processor, batch, args):
-    """self_check on the first clips: played backwards (upside down where a class has time in its last axis) they must
-    move the log-probs."""
-    batch = batch[:max(1, args.micro // args.group)]
+def check(policy, processor, clips, args):
+    """self_check on the first clips that have sound and words: played backwards (upside down where a class has time in
+    its last axis) they must move the log-probs."""
+    count = max(1, min(args.batch, args.micro // args.group))
+    heard = (u for u in clips if normalize_text(u.text, args.language) and u.waveform(rate(processor)).std() > 1e-3)
+    batch = list(itertools.islice(heard, count)) or clips[:count]
     inputs = collate(processor, batch, args.language)
     prompts = encode(policy, inputs)
     backwards = encode(policy, {**inputs, "input_features": inputs["input_features"].flip(1)})
@@ -228,9 +234,8 @@ def transcripts_as_rollout(policy, processor, prompts, batch, temperature):
     """The transcripts as if they had been sampled, one a clip, with their log-probs. With A = 1 the gradient of Eq. 3
     is then that of supervised fine-tuning, the control that the paper lacks [choice]."""
     eos = end_tokens(policy)
-    end = next((e for e in eos if e == processor.tokenizer.eos_token_id), eos[0])   # of the list, the one of an answer
-    rows = [torch.tensor([*processor.tokenizer(u.text, add_special_tokens=False).input_ids, end], device=policy.device)
-            for u in batch]
+    rows = [torch.tensor([*processor.tokenizer(u.text, add_special_tokens=False).input_ids, eos[0]],
+                         device=policy.device) for u in batch]
     rollout = as_rollout(rows, eos)
     rollout.logp = completion_logprobs(policy, prompts, rollout.ids, rollout.mask, 1, temperature)
     return rollout
@@ -247,9 +252,8 @@ def decode(processor, rollout):
 
 
 def end_tokens(policy):
-    """The ids that end a transcript, as the checkpoint's generation_config lists them."""
-    eos = policy.get_base_model().generation_config.eos_token_id
-    return eos if isinstance(eos, list) else [eos]
+    """The ids that end a transcript, the usual one first."""
+    return policy.get_base_model().generation_config.eos_token_id
 
 
 # ---- evaluation, and what a run leaves behind ------------------------------------------------------------------
@@ -264,7 +268,7 @@ def evaluate(policy, processor, utterances, args, batch=32):
         rollout = sample(policy, prompts, 1, token_limit(args, alike), end_tokens(policy), temperature=0)
         for i, text in zip(order[start:start + batch], decode(processor, rollout)):
             found[i] = text
-    keywords, listed = {k for u in utterances for k in u.keywords}, [u.listed or () for u in utterances]
+    keywords, listed = frozenset(k for u in utterances for k in u.keywords), [u.listed or () for u in utterances]
     return found, asr_metrics([u.text for u in utterances], found, keywords, args.language, listed)
 
 
@@ -293,11 +297,12 @@ def finish(run, processor, tests, main_test):
         after = {name: evaluate(run.policy, processor, tests[name], run.args) for name in tests}
     before = run.state["before"]
     metrics = {name: {"before": before[name][1], "after": after[name][1]} for name in tests}
+    was, now = (metrics[main_test][when]["wer"] for when in ("before", "after"))
+    told = run.summary(f"{main_test} WER, greedy, best adapter", was, now, metrics)
     print_table(metrics)
     print_transcripts([u.text for u in tests[main_test]], before[main_test][0], after[main_test][0], run.args.language)
     print_times(run.phase, run.state["step"])
-    was, now = (metrics[main_test][when]["wer"] for when in ("before", "after"))
-    run.finish(f"{main_test} WER, greedy, best adapter", was, now, metrics)
+    print(told)
 
 
 def main(argv=None):

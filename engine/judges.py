@@ -21,7 +21,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from data import DataError
+from data import DataError, reason
 from engine.models import load_pretrained, load_recogniser, precision
 from engine.recognisers import answers, ask, greedy, rate
 
@@ -100,8 +100,8 @@ class Judge(Frozen):
             with self.at_work():
                 self.hear([0.1 * np.random.default_rng(0).standard_normal(self.rate // 2).astype(np.float32)])
         except (ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise DataError(f"{flag} {name} with --language {language}: refuses to transcribe ({reason})") from None
+            raise DataError(f"{flag} {name} with --language {language}: refuses to transcribe ({reason(error)})"
+                            ) from None
 
     def transcribe(self, waves, batch=128):
         """Waveforms (samples,) at `rate` -> their texts. "" for less than 0.1 s; None where the judge failed."""

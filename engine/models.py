@@ -13,6 +13,7 @@ precision on the fly: 8-bit memory, kernels that a CUDA graph can hold, and no s
 the trainer. Our choice; the paper does not quantise.
 """
 import functools
+import re
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -22,8 +23,10 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
-from data import DataError
-from engine.recognisers import RECOGNISERS, recogniser, settle
+from data import DataError, is_pointer, reason
+from engine.recognisers import RECOGNISERS, end_tokens, recogniser, settle
+
+LINEAR = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)      # 8-bit layers are Linear too
 
 # ---- loading -------------------------------------------------------------------------------------------------
 
@@ -31,15 +34,21 @@ from engine.recognisers import RECOGNISERS, recogniser, settle
 def load_pretrained(auto_class, name, flag="--model", **options):
     """`auto_class.from_pretrained(name)`, safetensors only and no remote code; DataError when it can't be had."""
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "checkpoints/"))):
-        made = f"; python -m pretrain {Path(name).name} makes it" if name.startswith("checkpoints/") else ""
+        ours = name.startswith("checkpoints/")
+        made = f" in {Path.cwd()}; python -m pretrain {Path(name).name} makes the embedded one" if ours else ""
         raise DataError(f"{flag} {name}: no such folder, and not of the form OWNER/NAME of a hub id{made}")
+    options["trust_remote_code"] = False        # left unset, transformers asks, and runs the folder's code on a "y"
     try:
         if not hasattr(auto_class, "_model_mapping"):
             return auto_class.from_pretrained(name, **options)
         model, found = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{flag} {name}: cannot be loaded ({reason})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
+            safetensors.SafetensorError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        files = Path(name).glob("*.*") if Path(name).is_dir() else []
+        why = next((f"{file.name} is {is_pointer(file)}" for file in files if is_pointer(file)), reason(error))
+        raise DataError(f"{flag} {name}: cannot be loaded ({why})") from None
     if found["missing_keys"]:       # transformers would fill them with random numbers
         raise DataError(f"{flag} {name}: has no weights for {sorted(found['missing_keys'])[0]} of "
                         f"{type(model).__name__}: made for another task?")
@@ -57,6 +66,8 @@ def load_recogniser(name, flag="--model", **options):
     if recogniser(model) is not row:
         raise DataError(f"{flag} {name}: is a {type(model).__name__}; known are {', '.join(known)}")
     processor.tokenizer.padding_side = "left"
+    if row.hear:
+        model.generation_config.eos_token_id = end_tokens(model, processor, f"{flag} {name}")
     return processor, settle(mend_attention(model))
 
 
@@ -75,12 +86,25 @@ def mend_attention(model):
 
 # ---- adapters and 8-bit weights ------------------------------------------------------------------------------
 
-def add_adapters(base, layers, rank, seed):
-    """`base`, frozen and in eval mode (no dropout anywhere), with fp32 LoRA on the linear layers whose names match the
-    pattern `layers`."""
+def add_adapters(base, within, rank, seed):
+    """`base`, frozen and in eval mode (no dropout anywhere), with fp32 LoRA on every linear layer of the modules whose
+    names hold `within` ("language_model"; "" is all), however they are called or fused, but not on the output layer.
+
+    Raises DataError where over a tenth of those modules' matrices are in layers that take no adapter.
+    """
+    inside = {name: module for name, module in base.named_modules() if within in name}
+    heads = {id(base.get_output_embeddings()), id(base.get_input_embeddings())}
+    linear = {name: m for name, m in inside.items() if isinstance(m, LINEAR) and id(m) not in heads}
+    total = sum(p.numel() for m in inside.values() if id(m) not in heads for p in m.parameters(recurse=False)
+                if p.dim() > 1)
+    reached = sum(m.weight.numel() for m in linear.values())
+    if reached < 0.9 * total:
+        raise DataError(f"--model: only {reached / max(1, total):.0%} of the weights of a {type(base).__name__} are in "
+                        f"layers that adapters can go on ({len(linear)} layers)")
+    kinds = "|".join(sorted({re.escape(name.rsplit(".", 1)[-1]) for name in linear}))
     torch.manual_seed(seed)
     return get_peft_model(weight_only(base), LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)).eval()
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=rf".*{within}.*\.({kinds})")).eval()
 
 
 def precision(device):

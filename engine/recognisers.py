@@ -19,7 +19,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq, BatchFeature
 
-from data import DataError
+from data import DataError, reason
+from rewards import language_code
 
 # the prompts that IBM's model card and Qwen's evaluation code give for transcription
 GRANITE = [{"role": "system", "content": "Knowledge Cutoff Date: April 2024.\nToday's Date: April 9, 2025.\n"
@@ -132,7 +133,7 @@ def rate(processor):
 
 def ask(processor, waves, language, keywords=None):
     """Waveforms (samples,) -> the class's inputs for a batch; ValueError for a language that it does not know."""
-    return recogniser(processor).ask(processor, waves, language, keywords)
+    return recogniser(processor).ask(processor, waves, language_code(language), keywords)
 
 
 def collate(processor, utterances, language):
@@ -147,7 +148,7 @@ def collate(processor, utterances, language):
     except ValueError as error:
         raise DataError(f"--language {language}: the model's processor refuses it ({error})") from None
     except ImportError as error:                                                    # Voxtral's needs mistral-common
-        raise DataError(f"a {type(processor).__name__}: {str(error).strip().splitlines()[0]}") from None
+        raise DataError(f"a {type(processor).__name__}: {reason(error)}") from None
 
 
 def embed(model, inputs):
@@ -158,6 +159,38 @@ def embed(model, inputs):
     if int(here.sum()) != len(audio):
         raise RuntimeError(f"{len(audio)} audio embeddings for {int(here.sum())} places in the prompts")
     return embeds.masked_scatter(here[..., None], audio.to(embeds.dtype))
+
+
+def end_tokens(model, processor, flag):
+    """The ids that end an answer: what the chat template puts behind one, what the checkpoint's generation_config lists
+    and what the tokenizer calls its end, in this order. Where the list lacks one of the others, a line says so.
+
+    Any of them ends a sample: listed with another end than it was taught, a model would never stop. Raises DataError
+    where there is none.
+    """
+    tokenizer, listed = processor.tokenizer, model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed] * (listed is not None)
+    template = behind_an_answer(processor)
+    found = list(dict.fromkeys(i for i in (template, *listed, tokenizer.eos_token_id) if i is not None))
+    if not found or not 0 <= min(found) <= max(found) < model.get_input_embeddings().num_embeddings:
+        raise DataError(f"{flag}: by its generation_config, chat template and tokenizer an answer ends with token "
+                        f"{found or 'none'}; the model has {model.get_input_embeddings().num_embeddings} tokens")
+    if lacking := set(found) - set(listed):
+        print(f"{flag}: an answer ends with {listed or 'nothing'} by its generation_config, with {sorted(lacking)} by "
+              "its chat template or tokenizer; either ends one here")
+    return found
+
+
+def behind_an_answer(processor):
+    """The special token that a chat template puts right behind what the assistant says; None where it puts none."""
+    tokenizer = processor.tokenizer
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}, {"role": "assistant", "content": "zq"}],
+                                             tokenize=False)
+        rest = tokenizer(text[text.rindex("zq") + 2:], add_special_tokens=False).input_ids
+    except Exception:  # noqa: BLE001      templates are programs of others: no template, another form of content, ...
+        return None
+    return rest[0] if rest and rest[0] in tokenizer.all_special_ids else None
 
 
 def answers(processor, rows):
@@ -173,7 +206,7 @@ def greedy(model, inputs, language, limit):
     else:
         given = dict(input_features=inputs["input_features"].to(model.dtype), attention_mask=inputs["attention_mask"])
         if model.generation_config.is_multilingual:
-            given |= dict(language=language, task="transcribe")
+            given |= dict(language=language_code(language), task="transcribe")
     return model.generate(**given, do_sample=False, num_beams=1, max_new_tokens=limit)
 
 

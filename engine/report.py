@@ -1,6 +1,7 @@
 """What a run leaves to read: figures for its log, tables before -> after, transcripts with errors marked, times."""
 import jiwer
 
+from engine.log import adapted
 from rewards import edit_counts, normalize_text
 
 COLUMNS = {"wer": "WER", "insertions": "ins", "deletions": "del", "substitutions": "sub", "keyword_f1": "keyword F1",
@@ -31,6 +32,13 @@ def rollout_figures(rollout, phase):
     return {"tokens": float(tokens.mean()), "tokens_per_s": float(tokens.sum()) / max(1e-9, phase.step["rollout"]),
             "truncated": float(rollout.truncated.float().mean()),
             "entropy": float(rollout.entropy[rollout.mask].mean())}
+
+
+def print_start(policy, trained, tests):
+    """One line on what is about to happen: what is trained on, as `trained` says, what is tested, what is adapted."""
+    what, sets = adapted(policy), ", ".join(f"{name} ({len(test)})" for name, test in tests.items())
+    print(f"trains on {trained}; tests on {sets}; adapts {what['layers']} layers ({what['trained'] / 1e6:.2f} of "
+          f"{what['weights'] / 1e6:.1f} M weights)")
 
 
 def print_table(metrics):

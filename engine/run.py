@@ -1,19 +1,20 @@
 """What surrounds a loop: its folder and log, its clock, its optimiser, Ctrl-C, and what --resume needs.
 
-    launch(train, args)          a chapter's main: a user's mistake or a full GPU is one line
-    Run(name, args, policy)      one run: steps(), phase("rollout"), learn(), record(), evaluated(), finish()
-    RunLog(folder)               log.jsonl, samples.jsonl, summary.json: never over an older run
+    launch(train, args)          a chapter's main: a user's mistake, a full GPU or disk, a stop are one line
+    Run(name, args, policy)      one run: steps(), phase("rollout"), learn(), record(), evaluated(), summary()
     pick_device(name), quiet()   torch's devices; fewer words from the libraries
+
+The folder and its files are in log.py.
 """
 import contextlib
 import ctypes
-import json
 import pickle
-import resource
+import shutil
 import signal
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import safetensors
@@ -23,71 +24,110 @@ import transformers
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
 
-from data import DataError
+from data import DataError, reason
+from engine.log import RunLog, lock, logged_arguments, new_run_folder, run_header
 
-CLIP_NORM = 0.5  # of the gradient, before the step; medians are 0.09 in chapter 1, 0.2 to 0.4 in chapters 2 and 3
+try:
+    import resource
+except ImportError:     # Windows: the peak of memory on the CPU is 0
+    resource = None
+
+CLIP_NORM = 0.5     # of the gradient, before the step; medians are 0.09 in chapter 1, 0.2 to 0.4 in chapters 2 and 3
+SAVE_EVERY = 50     # steps, whether evaluated or not
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def launch(train, args):
-    """train(args), with one line for a user's mistake, a full GPU and Ctrl-C."""
-    interrupt = signal.getsignal(signal.SIGINT)
+    """train(args), with one line for a user's mistake, full memory and a stop (Ctrl-C, SIGTERM, SIGHUP)."""
+    Run.goes_on, before = "", {s: signal.getsignal(s) for s in STOPS}
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):       # of a test
+            stream.reconfigure(errors="replace")        # a console that knows no Chinese ends no run
+    stop_with(signal.default_int_handler)
+    more = ", or add --offload" if "offload" in args else ", or where clips are long --batch"
+    less = f"lower --micro (now {args.micro}) or --group (now {args.group}){more} (batch now {args.batch})"
     try:
         train(args)
     except DataError as error:
         sys.exit(f"error: {error}")
     except torch.cuda.OutOfMemoryError:
-        offload = ", or add --offload" if "offload" in args else ", or where clips are long --batch"
-        sys.exit(f"error: the GPU's memory is full; lower --micro (now {args.micro}) or --group (now {args.group})"
-                 f"{offload} (batch now {args.batch})")
+        sys.exit(f"error: the GPU's memory is full; {less}")
+    except MemoryError:
+        sys.exit(f"error: the memory is full; {less}")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        sys.exit(f"error: the memory is full; {less}")
     except KeyboardInterrupt:
-        sys.exit("stopped before the first step: nothing was trained")
+        sys.exit(f"stopped: {Run.goes_on or 'nothing was trained'}")
     finally:
-        signal.signal(signal.SIGINT, interrupt)
+        for s, handler in before.items():
+            signal.signal(s, handler)
+        if Run.lock:
+            Run.lock = Run.lock.close()
+
+
+def stop_with(handler):
+    """Sends what stops a run to `handler`; what whoever started it has switched off, as nohup does, stays off."""
+    for s in STOPS:
+        if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN:
+            signal.signal(s, handler)
 
 
 class Run:
     """One run of a chapter: optimiser, clock, folder and log; how far it is, and which adapter was best."""
 
+    goes_on, lock = "", None        # of the process's one run: how to go on from what is saved, and who is at work
+
     def __init__(self, name, args, policy):
-        self.name, self.args, self.policy, self.stopped = name, args, policy, False
+        self.name, self.args, self.policy, self.stopped, self.endless = name, args, policy, False, False
         self.weights = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=args.lr, weight_decay=0.0)
         self.phase, self.state = Phases(policy.device), {"step": 0}
         if args.adapter and not args.resume:
             start_from(policy, args)
+        self.folder = Path(args.resume or args.out or new_run_folder(name))
+        Run.lock = lock(self.folder)
         if args.resume:
             self.state = load_state(policy, self.optimizer, args.resume)
             self.phase.total = self.state.pop("seconds")
-            self.optimizer.param_groups[0]["lr"] = args.lr
-        self.folder = Path(args.resume or args.out or new_run_folder(name))
-        self.log = RunLog(self.folder, run_header(args, policy), self.state["step"] if args.resume else None)
+        header = run_header(name, args, policy)
+        self.log = RunLog(self.folder, header, self.state["step"] if args.resume else None)
+        if args.resume:
+            self.is_saved()
+
+    def is_saved(self):
+        """Says from here on, wherever the run ends, how to go on."""
+        self.saved = self.state["step"]
+        Run.goes_on = self.log.goes_on = (f"saved after {self.saved} of {self.args.steps} steps; python {self.name}.py "
+                                          f"--resume {self.folder} goes on")
 
     def begin(self, wer, **row):
         """What is known before the first step of a new run: the WER of no step at all, for the log and the state."""
         self.state |= {"best": wer, "best_step": 0, "last": wer}
-        self.policy.save_pretrained(self.folder / "adapter")
+        self.save_adapter()
         self.log.write("log", {"step": -1, **row, "eval_wer": wer})
         self.save()
 
     def steps(self):
-        """The steps still to do, under a bar. Ctrl-C ends after the one at hand, with all saved, a second at once."""
+        """The steps still to do, under a bar. A stop ends after the one at hand, with all saved, a second at once."""
         self.phase.take()
         first = self.state["step"]
-        signal.signal(signal.SIGINT, self.interrupt)                                # put back by `launch`
+        stop_with(self.interrupt)                                                   # put back by `launch`
         self.bar = tqdm(range(first, self.args.steps), initial=first, total=self.args.steps, dynamic_ncols=True,
                         leave=False, disable=None)
         for step in self.bar:
             yield step
+            if self.state["step"] > self.saved and (self.stopped or self.state["step"] % SAVE_EVERY == 0):
+                self.save()
             if self.stopped:
-                break
+                raise KeyboardInterrupt
         self.bar.close()
-        if self.stopped:
-            print(f"stopped after {self.state['step']} of {self.args.steps} steps; python {self.name}.py --resume "
-                  f"{self.folder} goes on")
+        stop_with(signal.default_int_handler)
 
     def interrupt(self, *_):
         if self.stopped:
-            sys.exit("stopped at once")
+            raise KeyboardInterrupt
         self.stopped = True
 
     def learn(self, step):
@@ -113,12 +153,16 @@ class Run:
             if sample:
                 self.log.write("samples", {"step": step, **sample})
             tqdm.write(f"step {step}: {told}, {sum(row['seconds'].values()):.2f} s")
+        if row.get("truncated") == 1 and not self.endless:
+            self.endless = True
+            tqdm.write(f"step {step}: no sample came to an end: is the longest that is allowed too short, or does this "
+                       "model end with a token that its generation_config and tokenizer do not name?")
         self.state["step"] = step + 1
 
     def due(self):
         """Whether an evaluation is due after the step just recorded."""
         done, every = self.state["step"], self.args.eval_every
-        return bool(every and done % every == 0) or done == self.args.steps or self.stopped
+        return bool(every and done % every == 0) or done == self.args.steps
 
     def evaluated(self, wer, told, **row):
         """Logs an evaluation after a step, keeps the adapter if it is the best so far, and saves the state."""
@@ -128,18 +172,29 @@ class Run:
         self.state["last"] = wer
         if wer < self.state["best"]:
             self.state |= {"best": wer, "best_step": step}
-            self.policy.save_pretrained(self.folder / "adapter")
+            self.save_adapter()
         self.save()
 
-    def save(self):
-        """The latest adapter and optimiser state, for --resume; state.pt is moved into place, so never half there."""
-        torch.save({**self.state, "seconds": self.phase.total, "adapter": get_peft_model_state_dict(self.policy),
-                    "optimizer": self.optimizer.state_dict(), "start": getattr(self.policy, "start", None)},
-                   self.folder / "state.tmp")
-        (self.folder / "state.tmp").replace(self.folder / "state.pt")
+    def save_adapter(self):
+        """The adapter as it is now, as RUN/adapter, file by file: its settings never change, its weights are one."""
+        with self.log.writing():
+            beside = self.folder / "adapter.tmp"
+            shutil.rmtree(beside, ignore_errors=True)
+            self.policy.save_pretrained(beside)
+            (self.folder / "adapter").mkdir(exist_ok=True)
+            for file in sorted(beside.iterdir()):
+                file.replace(self.folder / "adapter" / file.name)
+            beside.rmdir()
 
-    def finish(self, metric, before, after, test):
-        """summary.json and the last line; `before` and `after` are WER, `test` the figures of every test set."""
+    def save(self):
+        """The latest adapter and optimiser state, for --resume."""
+        self.log.replace("state.pt", lambda path: torch.save(
+            {**self.state, "seconds": self.phase.total, "adapter": get_peft_model_state_dict(self.policy),
+             "optimizer": self.optimizer.state_dict(), "start": getattr(self.policy, "start", None)}, path))
+        self.is_saved()
+
+    def summary(self, metric, before, after, test):
+        """summary.json; returns the last line. `before` and `after` are WER, `test` the figures of every test set."""
         state, phase = self.state, self.phase
         self.log.summary({
             "metric": metric, "before": before, "after": after, "best": state["best"], "best_step": state["best_step"],
@@ -148,34 +203,44 @@ class Run:
             "test": test})
         percent = lambda share: f"{100 * share:.1f} %"  # noqa: E731
         change = f" ({100 * (after - before) / before:+.0f} %)" if before else ""
-        print(f"{metric.split(',')[0]}: {percent(before)} -> {percent(after)}{change} in {state['step']} steps.  "
-              f"Everything is in {self.folder}")
+        return (f"{metric.split(',')[0]}: {percent(before)} -> {percent(after)}{change} in {state['step']} steps.  "
+                f"Everything is in {self.folder}")
+
+
+STATE = {"step", "best", "best_step", "last", "seconds", "adapter", "optimizer", "start"}
 
 
 def load_state(policy, optimizer, folder):
-    """Puts back the adapter and the optimiser that `Run.save` wrote, and returns the rest of it."""
+    """Puts back the adapter and the optimiser that `Run.save` wrote, and returns the rest of it. Raises DataError for
+    anything that is not whole, its best adapter included, before anything runs."""
+    folder = Path(folder)
+    read_adapter(policy, folder / "adapter", f"--resume {folder}")
     try:
-        state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
+        with zipfile.ZipFile(folder / "state.pt") as parts:
+            if damaged := parts.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        if lacking := STATE - set(state):
+            raise ValueError(f"without {', '.join(sorted(lacking))}")
+        check_weights(policy, state["adapter"])
         set_peft_model_state_dict(policy, state.pop("adapter"))
         optimizer.load_state_dict(state.pop("optimizer"))
-        policy.start = to_device(state.pop("start", None), policy.device)
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"--resume {folder}: its state.pt does not fit this model or is damaged ({reason})") from None
+        policy.start = to_device(state.pop("start"), policy.device)
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, TypeError, AttributeError, pickle.UnpicklingError,
+            zipfile.BadZipFile) as error:
+        raise DataError(f"--resume {folder}: its state.pt does not fit this model or is damaged ({reason(error)})"
+                        ) from None
     return state
 
 
 def start_from(policy, args):
     """Puts the best adapter of the run --adapter in the place of the new one, and keeps it as the reference."""
     folder, saved = Path(args.adapter), logged_arguments(args.adapter)
-    if saved["model"] != args.model:
+    if not same_model(saved["model"], args.model):
         raise DataError(f"--adapter {folder}: trained {saved['model']}, and --model is {args.model}")
     if saved["lora_rank"] != args.lora_rank:
         raise DataError(f"--adapter {folder}: has --lora-rank {saved['lora_rank']}, not {args.lora_rank}")
-    try:
-        load_adapter(policy, folder / "adapter")
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise DataError(f"--adapter {folder}: its adapter cannot be loaded ({str(error).splitlines()[0]})") from None
+    set_peft_model_state_dict(policy, read_adapter(policy, folder / "adapter", f"--adapter {folder}"))
     policy.start = {name: weight.detach().clone() for name, weight in policy.named_parameters() if weight.requires_grad}
 
 
@@ -184,102 +249,36 @@ def to_device(weights, device):
     return weights and {name: weight.to(device) for name, weight in weights.items()}
 
 
+def same_model(one, other):
+    """Whether two names are one folder, or one hub id: checkpoints/asr, checkpoints/asr/ and a link to it are."""
+    return Path(one).resolve() == Path(other).resolve()
+
+
 def load_adapter(policy, folder):
-    """The adapter weights that `policy.save_pretrained(folder)` wrote."""
-    set_peft_model_state_dict(policy, safetensors.torch.load_file(folder / "adapter_model.safetensors"))
+    """Puts the adapter weights that `policy.save_pretrained(folder)` wrote into the policy."""
+    set_peft_model_state_dict(policy, read_adapter(policy, folder, f"{folder}"))
 
 
-# ---- folder and log ------------------------------------------------------------------------------------------
-
-class RunLog:
-    """A run folder. `log.jsonl`: first a header (arguments, commit, versions, device, seed), then a line a step."""
-
-    def __init__(self, folder, header, resume_at=None):
-        """A new folder, or with `resume_at` (a step) an old one whose lines from that step on are dropped.
-
-        Raises DataError if a new run would write over an old one that has saved something.
-        """
-        self.folder = Path(folder)
-        if resume_at is None:
-            if (self.folder / "log.jsonl").exists() and (self.folder / "state.pt").exists():
-                raise DataError(f"{self.folder}: holds a run already; continue it with --resume {self.folder}, "
-                                "or give another --out")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("log", "samples"):             # of a run that ended before it had anything to save
-                (self.folder / f"{name}.jsonl").unlink(missing_ok=True)
-            self.write("log", header)
-        else:
-            for name in ("log", "samples"):
-                path = self.folder / f"{name}.jsonl"
-                lines = path.read_text().split("\n")[:-1] if path.exists() else []
-                kept = [line for line in lines if json.loads(line).get("step", -1) < resume_at]
-                if name == "log":
-                    kept[0] = json.dumps(rounded(header), ensure_ascii=False)  # what the run is given from here on
-                path.write_text("".join(line + "\n" for line in kept))
-
-    def write(self, name, row):
-        """Appends `row` to NAME.jsonl, floats to 6 digits."""
-        with open(self.folder / f"{name}.jsonl", "a") as out:
-            out.write(json.dumps(rounded(row), ensure_ascii=False) + "\n")
-
-    def summary(self, row):
-        """Writes summary.json."""
-        (self.folder / "summary.json").write_text(json.dumps(rounded(row), indent=1, ensure_ascii=False) + "\n")
-
-
-def rounded(value):
-    """`value` with every float in it at 6 significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def new_run_folder(name):
-    """runs/NAME-YYYYMMDD-HHMMSS, with a number behind it if that exists."""
-    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return next(p for p in [stem, *(Path(f"{stem}-{i}") for i in range(2, 100))] if not p.exists())
-
-
-def run_header(args, policy):
-    """What a run was given, for the first line of its log."""
-    import importlib.metadata
-    import platform
-    import subprocess
-
-    device = policy.device
+def read_adapter(policy, folder, flag):
+    """Those weights, {name: tensor}. Raises DataError, which opens with `flag`, where they are not the policy's."""
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                             cwd=Path(__file__).parent).stdout.strip()
-    except OSError:  # no git on this machine
-        git = ""
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "jiwer")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return {"arguments": vars(args), "commit": git or "unknown",
-            "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
-            "device": name, "dtype": str(policy.get_base_model().dtype), "seed": args.seed,
-            "trained": sum(p.numel() for p in policy.parameters() if p.requires_grad)}
+        weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        check_weights(policy, weights)
+    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        raise DataError(f"{flag}: its adapter cannot be loaded or is damaged ({reason(error)})") from None
+    return weights
 
 
-def logged_arguments(folder):
-    """The arguments of the run in `folder`, from the first line of its log. Raises DataError where there are none."""
-    try:
-        with open(Path(folder) / "log.jsonl", encoding="utf-8") as log:
-            return json.loads(log.readline())["arguments"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{folder}: no run there (a readable log.jsonl with its arguments)") from None
-
-
-def saved_arguments(folder):
-    """The arguments of the run in `folder`, to resume it."""
-    try:
-        saved = logged_arguments(folder)
-    except DataError as error:
-        raise DataError(f"--resume {error}") from None
-    if not (Path(folder) / "state.pt").exists():
-        raise DataError(f"--resume {folder}: no state.pt in it: the run ended before its first evaluation")
-    return {**saved, "out": str(folder), "resume": str(folder)}
+def check_weights(policy, weights):
+    """ValueError unless `weights` are all of the policy's adapters, in their shapes, and finite."""
+    own = get_peft_model_state_dict(policy)
+    if wrong := sorted(own.keys() ^ weights.keys()):
+        raise ValueError(f"{len(own.keys() & weights.keys())} of {len(own)} weights are there; not {wrong[0]}")
+    for name, weight in weights.items():
+        if weight.shape != own[name].shape:
+            raise ValueError(f"{name} is {tuple(weight.shape)}, not {tuple(own[name].shape)}")
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} is not finite")
 
 
 # ---- clock and device ----------------------------------------------------------------------------------------
@@ -320,7 +319,8 @@ class Phases:
     def memory_gib(self):
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2 ** 30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+        return used / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
 def pick_device(name):

@@ -6,9 +6,16 @@
 What chapters share stands once. --resume DIR takes the settings of the run in DIR as defaults.
 """
 import argparse
+import os
+import signal
+from pathlib import Path
 
-LEAST = dict(steps=0, batch=1, group=2, micro=1, lora_rank=1, eval_every=0, max_tokens=0, eval_samples=1)
+LEAST = dict(steps=0, batch=1, group=2, micro=1, lora_rank=1, eval_every=0, max_tokens=0, eval_samples=1, hotwords=0)
+MOST = 10 ** 9
 POSITIVE = ("lr", "temperature", "tau", "weight")
+NOT_NEGATIVE = ("clip", "beta", "max_seconds")
+MAY_CHANGE = ("steps", "eval_every", "micro", "offload", "device")      # when a run is resumed
+HOME = Path(__file__).resolve().parent.parent
 
 
 def parse_asr(argv=None, about=None):
@@ -124,15 +131,21 @@ def add_run(p):
 
 def read(p, argv):
     """The arguments, those of a run to resume as defaults, checked."""
+    if argv is None:                                                # a command line: torch is not loaded yet
+        for name in ("SIGINT", "SIGTERM"):
+            signal.signal(getattr(signal, name), stop_at_once)
+    if Path.cwd() != HOME:                      # the embedded models and data lie beside the scripts, wherever one is
+        beside = lambda name: str(HOME / name) if name.startswith(("checkpoints/", "data/")) else name  # noqa: E731
+        for action in p._actions:
+            if isinstance(action.default, list | str):
+                one = isinstance(action.default, str)
+                action.default = beside(action.default) if one else [*map(beside, action.default)]
     args = p.parse_args(argv)
+    for name, value in vars(args).items():
+        if "" in (value if isinstance(value, list) else [value]):
+            p.error(f"--{name.replace('_', '-')} is empty")
     if args.resume:
-        from data import DataError
-        from engine.run import saved_arguments
-        try:
-            p.set_defaults(**saved_arguments(args.resume))
-        except DataError as error:
-            p.error(str(error))
-        args = p.parse_args(argv)
+        args = resumed(p, argv, args)
     if getattr(args, "objective", "") == "supervised":
         args.group, args.beta = 1, 0.0
     if "filter" in args:
@@ -144,26 +157,75 @@ def read(p, argv):
     return args
 
 
+def stop_at_once(*_):
+    """Ends the program with one line, in the seconds in which nothing is under way but the loading of libraries."""
+    os.write(2, b"stopped: nothing was trained\n")
+    os._exit(1)
+
+
+def resumed(p, argv, args):
+    """The arguments of the run to resume, with those typed anew that may change. Ends with one line for any other."""
+    from data import DataError
+    from engine.log import saved_run
+    from engine.run import same_model
+
+    optional = {action.dest for action in p._actions if action.default is None}
+    for action in p._actions:
+        action.default = argparse.SUPPRESS
+    typed = vars(p.parse_args(argv))                                # without defaults: what was typed alone
+    script = "grpo_asr" if "objective" in args else "diffro_tts" if "method" in args else "grpo_tts"
+    try:
+        saved = saved_run(args.resume, script)
+    except DataError as error:
+        p.error(str(error))
+    where = f"--resume {args.resume}"
+    if other := saved.keys() ^ vars(args).keys():
+        p.error(f"{where}: was made by another script or version (--{sorted(other)[0].replace('_', '-')})")
+    for action in p._actions:
+        kind = {int: int, float: int | float}.get(action.type, bool if action.nargs == 0 else str)
+        values = saved.get(action.dest)
+        for value in values if action.nargs == "+" and isinstance(values, list) else [values]:
+            if action.dest in saved and not (value is None and action.dest in optional) and (
+                    not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)
+                    or action.choices and value not in action.choices):
+                p.error(f"{where}: its log gives --{action.dest.replace('_', '-')} as {str(values)[:40]!r}")
+    for name, value in typed.items():
+        if name not in ("resume", *MAY_CHANGE) and value != saved[name] and not (
+                name in ("out", "model") and same_model(value, saved[name])):
+            p.error(f"{where}: has --{name.replace('_', '-')} {saved[name]}, not {value}; only "
+                    + ", ".join(f"--{free.replace('_', '-')}" for free in MAY_CHANGE if free in args)
+                    + f" can change. --adapter {args.resume} starts another run from its adapter")
+    return argparse.Namespace(**{**saved, **{name: typed[name] for name in MAY_CHANGE if name in typed}})
+
+
 def check(p, args):
     """Ends with one line where a value is out of range or two do not go together."""
     alone = getattr(args, "objective", "") == "supervised" or getattr(args, "method", "") == "diffro"
+    flag = lambda name: f"--{name.replace('_', '-')}"  # noqa: E731
     for name, least in {**LEAST, "group": 1 if alone else 2}.items():
-        if name in args and getattr(args, name) < least:
-            p.error(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(args, name)}")
-    for name in (*POSITIVE, *(["max_seconds"] if "codec" in args else [])):
-        if name in args and not 0 < getattr(args, name) < float("inf"):
-            p.error(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+        value = getattr(args, name, None)
+        if value is not None and not least <= value <= MOST:
+            p.error(f"{flag(name)} must be from {least} to {MOST}, not {value}")
+    for name in (*POSITIVE, *NOT_NEGATIVE):
+        value, zero = getattr(args, name, 1.0), name in NOT_NEGATIVE and not (name == "max_seconds" and "codec" in args)
+        if not (0 < value < float("inf") or zero and value == 0):
+            p.error(f"{flag(name)} must be {'0 or more' if zero else 'above 0'}, and finite, not {value}")
     if args.micro % args.group and args.group % args.micro:
         p.error(f"--micro {args.micro} must be a multiple or a divisor of --group {args.group}")
-    if set(args.rewards.split(",")) - {"R1", "R2", "R3"}:
-        p.error(f"--rewards takes some of R1,R2,R3, not {args.rewards}")
+    rewards = args.rewards.split(",")
+    if set(rewards) - {"R1", "R2", "R3"} or len(set(rewards)) < len(rewards):
+        p.error(f"--rewards takes some of R1,R2,R3, each once, not {args.rewards}")
     if getattr(args, "objective", "") == "mwer" and (args.rewards != "R1" or args.micro % args.group):
         p.error("--objective mwer takes word errors, not --rewards, and compares a clip's samples in one pass: --micro "
                 f"{args.micro} must be a multiple of --group {args.group}")
-    if (getattr(args, "hotwords", None) or 0) < 0:
-        p.error(f"--hotwords must be 0 or more, not {args.hotwords}")
     if not 0 <= args.seed < 2 ** 31:
         p.error(f"--seed must be from 0 to 2^31 - 1, not {args.seed}")
+    if args.language != "en":
+        from rewards import language_code
+        try:
+            language_code(args.language)
+        except ValueError as error:
+            p.error(f"--language: {error}")
     if "method" in args:
         if args.method == "diffro" and args.filter == "positive":
             p.error("--filter positive needs the advantages of --method grpo+diffro")

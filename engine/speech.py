@@ -9,20 +9,22 @@
 import functools
 import re
 from argparse import Namespace
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
+from rapidfuzz.distance import Levenshtein
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import DataError, batch_indices, load_folder, split_texts
 from engine.judges import Codec, Judge, Speaker, Token2Text
 from engine.listen import write_page
 from engine.models import add_adapters, load_pretrained, precision, quantization
-from engine.report import percent, print_times, print_transcripts, print_tts_table
+from engine.report import percent, print_start, print_times, print_transcripts, print_tts_table
 from engine.run import Run, load_adapter, pick_device, quiet
 from engine.sampling import Prompts, generator_for, reference, sample, self_check
-from rewards import Speech, asr_metrics, repeats, tts_metrics
+from rewards import Speech, asr_metrics, language_code, repeats, tts_metrics
 
 START, END = "<|SPEECH_GENERATION_START|>", "<|SPEECH_GENERATION_END|>"
 EVAL_BATCH = 50  # test sentences at once: it decides which draw goes where
@@ -83,26 +85,33 @@ def load(args, device):
         raise DataError(f"--model {args.model}: its tokenizer has no speech tokens as Llasa (<|s_0|>, a chat template) "
                         f"or NeuTTS (<|speech_0|>), with {START} and {END}")
     if reads_phonemes(tokenizer):
-        if args.language != "en":
+        if language_code(args.language) != "en":
             raise DataError(f"--language {args.language}: NeuTTS is driven in English alone")
         espeak()                                                    # where it is missing, that is said at once
     base = load_pretrained(AutoModelForCausalLM, args.model, dtype=precision(device), device_map=device,
                            quantization_config=quantization(args.quantize))
-    return tokenizer, add_adapters(base, r".*\.(q|k|v|o|gate|up|down)_proj", args.lora_rank, args.seed)
+    return tokenizer, add_adapters(base, "", args.lora_rank, args.seed)
 
 
 def load_judges(args, device, first=True):
     """The codec, the judge that rewards (None unless `first`), the second judge and the speaker model, all frozen."""
-    if args.judge == args.second_judge:
-        raise DataError("--second-judge must not be --judge: what is reported would be what was trained on")
     codec = Codec(args.codec, device, args.offload)
     judge = Judge(args.judge, device, args.offload, args.language, "--judge") if first else None
     second = Judge(args.second_judge, device, args.offload, args.language, "--second-judge")
+    if judge and same_weights(judge.model, second.model):
+        raise DataError("--second-judge must not be --judge: what is reported would be what was trained on")
     speaker = Speaker(args.speaker, device, args.offload)
     for model, flag in ((judge, "--judge"), (second, "--second-judge"), (speaker, "--speaker")):
         if model and model.rate != codec.rate:
             raise DataError(f"{flag}: hears {model.rate} Hz, but the codec speaks {codec.rate} Hz")
     return codec, judge, second, speaker
+
+
+def same_weights(one, other):
+    """Whether two models are the same, under whatever names: a link, a copy, a folder and the hub id it came from."""
+    weights, others = one.state_dict(), other.state_dict()
+    return weights.keys() == others.keys() and all(
+        w.shape == others[name].shape and torch.equal(w, others[name]) for name, w in weights.items())
 
 
 @dataclass(eq=False)
@@ -121,13 +130,20 @@ def load_voices(args, codec, speaker):
     waves = [clip.waveform(codec.rate) for clip in clips]
     voices = [Voice(c.voice or c.path.stem, c.text, codes.tolist(), vector)
               for c, codes, vector in zip(clips, codec.encode(waves), speaker.embed(waves))]
+    twice = [name for name, count in Counter(v.name for v in voices).items() if count > 1]
+    if twice:
+        raise DataError(f"--voices {args.voices}: has {twice[0]} twice; one recording a voice is what is gone on from")
     codec.decoder_only()
     return voices
 
 
 def cast(sentences, voices):
-    """Gives each sentence the voice that it names, else the next in turn by its place in the data."""
+    """Gives each sentence the voice that it names, else the next in turn by its place in the data. Raises DataError for
+    a name that is not among the voices."""
     named = {v.name: v for v in voices}
+    if unknown := next((s for s in sentences if s.voice and s.voice not in named), None):
+        raise DataError(f'voice "{unknown.voice}" of "{unknown.text[:40]}" is not in --voices: {", ".join(named)}; '
+                        'without "voice" they take turns')
     return [replace(s, voice=named.get(s.voice, voices[i % len(voices)])) for i, s in enumerate(sentences)]
 
 
@@ -222,10 +238,15 @@ def set_up(args, name):
     voices = load_voices(args, codec, judges[-1])
     texts, tests = (cast(sentences, voices) for sentences in split_texts(args))
     tests = tests * args.eval_samples
-    if getattr(args, "teach", "rollout") == "recording" and not all(t.codes for t in texts):
-        raise DataError('--teach recording needs the recordings as "tokens" in the metadata.jsonl of --data')
+    if getattr(args, "teach", "rollout") == "recording":
+        if not all(t.codes for t in texts):
+            raise DataError('--teach recording needs the recordings as "tokens" in the metadata.jsonl of --data')
+        if (most := max(max(t.codes) for t in texts)) >= codec.count:
+            raise DataError(f'--teach recording: --data has token {most}, and --codec knows {codec.count}: not of this '
+                            "codec")
     studio = Studio(args, tokenizer, policy, codec, *judges, token2text, code, voices, tests)
     check_lengths(policy, tokenizer, texts + tests, voices, studio.limit, codec)
+    print_start(policy, f"{len(texts)} texts in {len(voices)} voices", {"texts": tests})
     check(studio, texts)
     run = Run(name, args, policy)
     studio.due = [s.seconds * codec.tokens_per_s for s in tests]
@@ -244,11 +265,12 @@ def set_up(args, name):
 
 
 def check(studio, texts):
-    """self_check on the first texts: asked for another text in the same voice must move the log-probs."""
+    """self_check on the first texts: asked for another text in the same voice, the least like them, must move the
+    log-probs."""
     batch = [texts[i] for i in batch_indices(0, len(texts), studio.args.batch, studio.args.seed)]
-    said = [s.text for s in batch]
-    other = next((t.text for t in texts if t.text not in said), said[-1] + " " + said[0])
-    others = studio.prompts([replace(s, text=other) for s in batch])
+    pool = [t.text for t in texts[:100]] + [" ".join(t.text for t in batch)]
+    other = [max(pool, key=lambda text, s=s: Levenshtein.distance(text, s.text)) for s in batch]
+    others = studio.prompts([replace(s, text=text) for s, text in zip(batch, other)])
     self_check(studio.policy, studio.prompts(batch), others, studio.args, studio.limit, studio.end, "another text")
 
 
@@ -312,6 +334,8 @@ def finish(run, studio, listened=10):
     with run.phase("evaluate"):
         after = evaluate(studio)
     before, language = studio.before, studio.args.language
+    told = run.summary("WER by the second judge, sampled, best adapter", before[1]["wer"], after[1]["wer"],
+                       {"before": before[1], "after": after[1]})
     print_tts_table(before[1], after[1])
     heard = [[s.heard or "" for s in found[0]] for found in (before, after)]
     print_transcripts([s.text for s in before[0]], *heard, language)
@@ -320,6 +344,6 @@ def finish(run, studio, listened=10):
              "after": {"wave": a.wave, "heard": a.heard or ""}}
             for s, b, a in list(zip(studio.tests, before[0], after[0]))[:listened]]
     title = f"Before and after {run.state['best_step']} steps"
-    print(f"to listen: {write_page(run.folder / 'samples', rows, studio.codec.rate, title, language)}")
-    run.finish("WER by the second judge, sampled, best adapter", before[1]["wer"], after[1]["wer"],
-               {"before": before[1], "after": after[1]})
+    with run.log.writing():
+        page = write_page(run.folder / "samples", rows, studio.codec.rate, title, language)
+    print(f"to listen: {page}\n{told}")

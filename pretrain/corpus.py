@@ -247,7 +247,7 @@ def write_set(folder, rows, waves):
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     for old in (folder / "audio").glob("*.ogg"):
         old.unlink()
-    with open(folder / "metadata.jsonl", "w") as out:
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as out:
         for i, ((text, _, keywords, voice, snr, kind, _), wave) in enumerate(zip(rows, waves)):
             name = f"audio/{i:04d}.ogg"
             sf.write(folder / name, wave, SAMPLE_RATE, format="OGG", subtype="OPUS", compression_level=0.93)

@@ -248,7 +248,7 @@ def encode_corpus(args):
     data, started = torch.load(BUILD / "voices.pt", weights_only=True, mmap=True), time.time()
     codes = encode_waves(load_codec(pick_device(args.device)), data["samples"], data["lengths"])
     (BUILD / "tokens").mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "tokens" / "metadata.jsonl", "w") as out:
+    with open(BUILD / "tokens" / "metadata.jsonl", "w", encoding="utf-8") as out:
         for text, voice, row in zip(data["text"], data["voice"], codes):
             out.write(json.dumps({"text": text, "voice": voice, "tokens": row.tolist()}) + "\n")
     counts = np.bincount(np.concatenate(codes))
@@ -275,7 +275,7 @@ def check_codec(args, name="codec", count=200):
 
 def read_tokens(folder, seed=1):
     """metadata.jsonl of a folder with "text" and "tokens" (and "voice"): rows in a fixed random order."""
-    with open(Path(folder) / "metadata.jsonl") as lines:
+    with open(Path(folder) / "metadata.jsonl", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
 
@@ -407,7 +407,7 @@ def build_texts(args):
               for i, text in enumerate(train)]
     codes = encode_waves(load_codec(pick_device(args.device)), torch.from_numpy(np.concatenate([w for _, w in spoken])),
                          torch.tensor([len(w) for _, w in spoken]))
-    with open(DATA / "tts" / "train.jsonl", "w") as out:
+    with open(DATA / "tts" / "train.jsonl", "w", encoding="utf-8") as out:
         for text, (voice, _), row in zip(train, spoken, codes):
             out.write(json.dumps({"text": text, "voice": voice[1], "tokens": row.tolist()}) + "\n")
     for name, texts in (("voices", short), ("test", test)):

@@ -40,7 +40,7 @@ def move_adapters(policy, size):
 
 def first(count, folder):
     """The first utterances of a folder; the others are not decoded."""
-    lines = Path(folder, "metadata.jsonl").read_text().splitlines()[:count]
+    lines = Path(folder, "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     return [read_line(Path(folder), line, 16_000, 0) for line in lines]
 
 

@@ -188,7 +188,7 @@ def run(out, text, *flags):
 
 
 def rows_of(out):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if "reading" in line]
 
 
@@ -198,7 +198,7 @@ def test_diffro_alone_needs_no_waveform_and_no_group_and_resume_equals_the_unbro
     assert [r["step"] for r in rows] == [0, 1] and rows[0]["kept"] == 1 and rows[0]["grad_norm_diffro"] > 0
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[1]["kl"] > 0
     assert "decode" not in rows[0]["seconds"] and "reward" not in rows[0]["seconds"]
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text(encoding="utf-8"))
     assert summary["test"]["after"]["token2text_wer"] is not None            # its own word, beside the second judge's
     run(tmp_path / "parts", text, "--steps", "1", "--group", "1", "--max-seconds", "1")
     diffro_tts.main(["--resume", str(tmp_path / "parts"), "--steps", "2"])

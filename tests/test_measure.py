@@ -35,7 +35,7 @@ def small(monkeypatch, tmp_path):
 def measured(folder, *flags):
     """The line that a measurement leaves."""
     measure.main([*flags, "--size", "real", "--steps", "2", "--log", str(folder / "log.jsonl"), "--device", "cpu"])
-    return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    return json.loads((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
 
 def test_a_recogniser_of_real_size_is_built_once_and_timed(small, capsys):

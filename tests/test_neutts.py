@@ -27,7 +27,7 @@ def models(tmp_path_factory):
     shutil.copytree("checkpoints/tts", folder / "tts", ignore=shutil.ignore_patterns("*.safetensors", "config.json",
                                                                                      "chat_template*"))
     for path in (folder / "tts").glob("*.json"):                    # the embedded tokenizer, its speech tokens renamed
-        path.write_text(path.read_text().replace("<|s_", "<|speech_"))
+        path.write_text(path.read_text(encoding="utf-8").replace("<|s_", "<|speech_"))
     tokenizer = hf.AutoTokenizer.from_pretrained(folder / "tts")
     tokenizer.chat_template = None
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|TEXT_PROMPT_START|>", "<|TEXT_PROMPT_END|>"]},
@@ -98,7 +98,7 @@ def test_two_steps_of_the_script_then_merge(models, spelt, tmp_path, capsys):
     grpo_tts.main([*map(str, flags), "--rewards", "R1,R3"])
     said = capsys.readouterr().out
     assert "check: |ratio - 1|" in said and "log pi_ref| 0.0e+00" in said and "in 2 steps" in said
-    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if "reward" in row]
     assert len(rows) == 2 and rows[0]["kl"] == 0 < rows[1]["kl"] and rows[0]["speech_s"] > 0.5
     use.main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")])

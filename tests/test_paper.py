@@ -1,6 +1,7 @@
 """What the paper's full text corrected: each formula and setting where it was not the paper's, by hand and in use."""
 import json
 import math
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_mwer_gradient_against_finite_differences():
 def names(tmp_path_factory):
     """A folder of four clips with keywords."""
     folder = tmp_path_factory.mktemp("names")
-    with open(folder / "metadata.jsonl", "w") as out:
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as out:
         for u in first(4, "data/test/keywords"):
             out.write(json.dumps({"file_name": str((ROOT / u.path).resolve()), "text": u.text,
                                   "keywords": u.keywords}) + "\n")
@@ -132,7 +133,7 @@ def names(tmp_path_factory):
 def trained(names, out, *flags):
     grpo_asr.main(["--device", "cpu", "--steps", "1", "--batch", "2", "--group", "4", "--eval-every", "0", "--data",
                    "data/d1", "--test", names, "--out", str(out), "--temperature", "1.6", *flags])
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_mwer_takes_a_step_of_its_own(names, tmp_path, monkeypatch):
@@ -151,17 +152,21 @@ def test_mwer_takes_a_step_of_its_own(names, tmp_path, monkeypatch):
 
 # ---- keyword lists with distractors ------------------------------------------------------------------------------
 
+ONE = Namespace(seed=1, language="en")
+
+
 def test_a_list_holds_the_clips_own_keywords_and_others_that_are_not_said():
     clips = [u for u in first(12, "data/test/keywords") if u.keywords]
     pool = {k for u in clips for k in u.keywords} | {clips[0].text.split()[0]}             # a word that is said, too
-    listed = with_lists(clips, pool, 5, 1)
+    listed = with_lists(clips, pool, 5, ONE)
     for u in listed:
         said = u.text.split()
         assert set(u.keywords) <= set(u.listed) and len(u.listed) == len(set(u.keywords)) + 5
         assert not any(word in said for word in set(u.listed) - set(u.keywords))
-    assert listed == with_lists(clips, sorted(pool), 5, 1) and listed != with_lists(clips, pool, 5, 2)
+    assert listed == with_lists(clips, sorted(pool), 5, ONE)
+    assert listed != with_lists(clips, pool, 5, Namespace(seed=2, language="en"))
     assert any(u.listed[:len(u.keywords)] != u.keywords for u in listed)                   # in random order
-    assert [set(u.listed) for u in with_lists(clips, pool, 0, 1)] == [set(u.keywords) for u in clips]
+    assert [set(u.listed) for u in with_lists(clips, pool, 0, ONE)] == [set(u.keywords) for u in clips]
 
 
 def test_the_list_is_what_the_prompt_holds_in_training_and_evaluation_alike(recogniser, names, tmp_path, monkeypatch):
@@ -171,10 +176,10 @@ def test_the_list_is_what_the_prompt_holds_in_training_and_evaluation_alike(reco
     rows = trained(names, tmp_path / "run", "--hotwords", "3")
     assert asked and all(len(words) >= 3 for _, words in asked) and len(set(asked)) == len({name for name, _ in asked})
     assert rows[0]["arguments"]["hotwords"] == 3
-    processor, [clip] = recogniser[1], with_lists(first(1, "data/test/keywords"), ["zanzibar"], 1, 1)
+    processor, [clip] = recogniser[1], with_lists(first(1, "data/test/keywords"), ["zanzibar"], 1, ONE)
     prompt = processor.tokenizer.decode(collate(processor, [clip], "en")["input_ids"][0])
     assert all(word in prompt for word in clip.listed) and "zanzibar" in prompt
-    test = json.loads((tmp_path / "run/summary.json").read_text())["test"]
+    test = json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))["test"]
     assert next(iter(test.values()))["after"]["listed_not_said"] is not None
 
 
@@ -191,7 +196,7 @@ def test_keyword_figures_apart():
 def test_the_reference_is_the_adapter_that_a_run_starts_from(names, tmp_path):
     start = tmp_path / "start"
     trained(names, start, "--objective", "supervised", "--lr", "1e-2", "--eval-every", "1")
-    saved = json.loads((start / "log.jsonl").read_text().splitlines()[0])
+    saved = json.loads((start / "log.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert saved["arguments"]["objective"] == "supervised"
     processor, policy = grpo_asr.load(grpo_asr.parse_args(["--device", "cpu"]), torch.device("cpu"))
     move_adapters(policy, 0.03)
@@ -201,7 +206,7 @@ def test_the_reference_is_the_adapter_that_a_run_starts_from(names, tmp_path):
     other = trained(names, tmp_path / "plain")
     assert rows[2]["entropy"] != other[2]["entropy"]                                # it begins where the other ended
     grpo_asr.main(["--resume", str(tmp_path / "next"), "--steps", "2"])
-    resumed = [json.loads(line) for line in (tmp_path / "next/log.jsonl").read_text().splitlines()]
+    resumed = [json.loads(line) for line in (tmp_path / "next/log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert 0 < next(r for r in resumed if r.get("step") == 1 and "kl" in r)["kl"] < 0.05   # still measured from there
 
 
@@ -246,7 +251,7 @@ def test_r1_by_tokens_makes_no_waveform_and_asks_no_judge(loaded_once, tmp_path,
     grpo_tts.main(["--device", "cpu", "--steps", "1", "--batch", "2", "--group", "4", "--judge", "token2text", *seconds,
                    "--test", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "run")])
     assert decoded == [1, 1, 1]                                                     # the evaluations' one test text
-    row = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()][2]
+    row = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()][2]
     assert row["reward_std"] > 0 and row["grad_norm"] > 0 and row["judge_failed"] == 0
 
 
@@ -262,13 +267,13 @@ def test_diffro_is_hard_by_default_and_alone_takes_16_texts_once():
 
 def test_d1_is_what_recognisers_hear_differently_or_with_long_repetitions(tmp_path, monkeypatch, capsys):
     heard = {"one": ["a b", "c d", "e e e e", "g"], "two": ["a b", "c x", "e e e e", None]}
-    with open(tmp_path / "metadata.jsonl", "w") as out:
+    with open(tmp_path / "metadata.jsonl", "w", encoding="utf-8") as out:
         for i, u in enumerate(first(4, "data/d0")):
             out.write(json.dumps({"file_name": str((ROOT / u.path).resolve()), "text": f"text {i}"}) + "\n")
     monkeypatch.setattr(prepare, "transcripts", lambda args, rows, name, flag: heard[name])
     prepare.main(["select", "disagreement", str(tmp_path), "--out", str(tmp_path / "d1"), "--model", "one",
                   "--second-model", "two"])
-    rows = [json.loads(line) for line in (tmp_path / "d1/metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "d1/metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["text"] for row in rows] == ["text 1", "text 2"]                # differ; loop alike; one failed: not
 
 

@@ -65,8 +65,8 @@ def test_plot_of_one_run_and_of_several(tmp_path, capsys):
     assert (tmp_path / "both.png").exists() and capsys.readouterr().out.splitlines()[1] == f"{tmp_path}/both.png"
 
 
-@pytest.mark.parametrize("text, message", [(None, "no readable log"), ("", "no readable log"), ("[1]\n", "no readable"),
-                                           ("{not\n", "no readable log"), ('{"seed": 1}\n', "no readable log"),
+@pytest.mark.parametrize("text, message", [(None, "a readable log"), ("", "a readable log"), ("[1]\n", "a readable"),
+                                           ("{not\n", "a readable log"), ('{"seed": 1}\n', "a readable log"),
                                            ('{"arguments": {}}\n{"step": 0, "kl"', "no step logged yet")])
 def test_what_is_no_log_gets_one_line(tmp_path, text, message):
     if text is not None:

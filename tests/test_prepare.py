@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from data import load_folder, load_sentences, read_audio
+from data import CACHE, load_folder, load_sentences
 from tools import prepare
 
 RATE = 16_000
@@ -19,7 +19,7 @@ def noise(seconds, seed=0):
 
 
 def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def failure(*argv):
@@ -39,7 +39,7 @@ def libri(tmp_path):
         folder = tmp_path / "root" / "LibriSpeech" / "test-clean" / speaker / chapter
         folder.mkdir(parents=True, exist_ok=True)
         sf.write(folder / f"{name}.flac", noise(0.5), RATE)
-        with open(folder / f"{speaker}-{chapter}.trans.txt", "a") as out:
+        with open(folder / f"{speaker}-{chapter}.trans.txt", "a", encoding="utf-8") as out:
             out.write(f"{name} {text}\n")
     return tmp_path / "root"
 
@@ -134,10 +134,10 @@ def test_an_incomplete_corpus_is_named(libri, tmp_path):
 def test_a_data_set_is_never_written_over(libri, tmp_path):
     given = ["librispeech", libri, "--subset", "test-clean", "--out", tmp_path / "ls"]
     prepare.main([str(a) for a in given])
-    before = (tmp_path / "ls" / "metadata.jsonl").read_text()
+    before = (tmp_path / "ls" / "metadata.jsonl").read_text(encoding="utf-8")
     assert "holds a data set already" in failure(*given)
     assert "holds a data set already" in failure("select", "random", tmp_path / "ls", "--out", tmp_path / "ls")
-    assert (tmp_path / "ls" / "metadata.jsonl").read_text() == before
+    assert (tmp_path / "ls" / "metadata.jsonl").read_text(encoding="utf-8") == before
 
 
 # ---- flags and pools -----------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def pool(tmp_path):
     """Six clips of 1 to 6 s, in no order; clip K says K keywords."""
     folder = tmp_path / "pool"
     (folder / "audio").mkdir(parents=True)
-    with open(folder / "metadata.jsonl", "w") as out:
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as out:
         for k in (3, 1, 6, 2, 5, 4):
             sf.write(folder / "audio" / f"{k}.wav", noise(k), RATE)
             row = {"file_name": f"audio/{k}.wav", "text": " ".join(["now", *["Anna"] * (k - 1), "and", "lima"]),
@@ -208,7 +208,7 @@ def test_one_clip_of_each_voice(pool):
 
 
 def test_a_bad_line_of_the_pool_is_named(pool):
-    with open(pool / "metadata.jsonl", "a") as out:
+    with open(pool / "metadata.jsonl", "a", encoding="utf-8") as out:
         out.write('{"file_name": "audio/7.wav", "text": "x"}\n')
     assert "metadata.jsonl:7:" in failure("select", "random", pool, "--out", pool.parent / "no")
     assert len(chosen(pool, "random", "--skip-bad")) == 6
@@ -228,7 +228,7 @@ class Planted:
     def transcribe(self, waves, batch):
         Planted.asked += len(waves)
         if Planted.asked == Planted.fail_at:
-            Planted.on_disk = Planted.table.read_text()         # what a power cut would leave
+            Planted.on_disk = Planted.table.read_text(encoding="utf-8")         # what a power cut would leave
             raise KeyboardInterrupt
         return [self.heard[self.name][len(wave) // RATE] for wave in waves]
 
@@ -257,7 +257,7 @@ def test_transcripts_survive_a_stop(pool, planted, monkeypatch):
     monkeypatch.setattr(Planted, "table", table)
     with pytest.raises(SystemExit, match="^stopped; the same command goes on"):
         chosen(pool, "disagreement", *planted, "--batch", "1")
-    assert table.read_text() == Planted.on_disk and len(Planted.on_disk.splitlines()) == 8
+    assert table.read_text(encoding="utf-8") == Planted.on_disk and len(Planted.on_disk.splitlines()) == 8
     assert not (pool.parent / "out" / "metadata.jsonl").exists()
     table.write_text(Planted.on_disk[:-20])                     # or one in the middle of a line
     monkeypatch.setattr(Planted, "fail_at", None)
@@ -270,8 +270,8 @@ def test_the_embedded_recognisers_choose_d1(tmp_path, capsys):
     rows = [{**row, "file_name": str(Path(f"data/{name}/{row['file_name']}").resolve())}
             for name, count in (("d1", 6), ("test/source", 6)) for row in rows_of(Path("data") / name)[:count]]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    kept = read_audio.cache_info().currsize
+    kept = len(CACHE)
     given = ["--model", "checkpoints/asr", "--second-model", "checkpoints/asr2", "--device", "cpu"]
     prepare.main(["select", "disagreement", str(tmp_path), "--out", str(tmp_path / "out"), *given])
     assert [row["text"] for row in rows_of(tmp_path / "out")] == [row["text"] for row in rows[:6]]
-    assert read_audio.cache_info().currsize == kept             # a large corpus would fill the memory
+    assert len(CACHE) == kept                                     # a large corpus would fill the memory

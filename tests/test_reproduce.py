@@ -75,7 +75,8 @@ def test_every_line_is_of_the_row_that_it_names(what):
     """The arguments of a line are what the flags of its row give today, but for flags that are no more."""
     path = RUNS / f"{what}.jsonl"
     lines = reproduce.read_lines(path)
-    assert len(lines) == len(path.read_text().splitlines()) == len({(line["row"], line["seed"]) for line in lines})
+    texts = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(texts) == len({(line["row"], line["seed"]) for line in lines})
     for line in lines:
         script, flags = reproduce.ROWS[what][line["row"]]
         asked, defaults = (vars(SCRIPTS[script].parse_args(f)) for f in (flags.split(), []))
@@ -98,7 +99,7 @@ def test_docs_runs_is_small_and_holds_nothing_else():
 
 
 def test_the_tables_of_the_pages_are_those_of_the_lines():
-    pages = "".join(path.read_text() for path in [Path("README.md"), *Path("docs").glob("*.md")])
+    pages = "".join(path.read_text(encoding="utf-8") for path in [Path("README.md"), *Path("docs").glob("*.md")])
     found = dict(re.findall(r"<!-- (\S+) -->\n([^<]*)<!-- end -->", pages))
     assert found == tables_of(RUNS)
     there = {path.stem for path in Path("docs/pictures").iterdir()}
@@ -107,7 +108,7 @@ def test_the_tables_of_the_pages_are_those_of_the_lines():
 
 def test_the_order_of_the_lines_changes_no_table(tmp_path):
     for path in RUNS.iterdir():
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         if path.stem in reproduce.ROWS:                     # of the others the order is that of the lines
             random.Random(0).shuffle(lines)
         (tmp_path / path.name).write_text("\n".join(lines) + "\n")
@@ -158,7 +159,7 @@ def test_a_missing_run_is_run_and_gets_a_line_and_one_that_is_there_is_not(stub,
                                                   for key, value in BEFORE.items()}}}
     assert "| DiffRO, R1 | 3 | 5.0 |" in capsys.readouterr().out and Path("mine/table2.png").exists()
     reproduce.main(asked)
-    assert len(stub.started) == 2 and len(path.read_text().splitlines()) == 3
+    assert len(stub.started) == 2 and len(path.read_text(encoding="utf-8").splitlines()) == 3
 
 
 def test_every_row_and_seed_has_a_folder_of_its_own(stub, monkeypatch):
@@ -189,7 +190,7 @@ def test_a_line_that_was_cut_off_is_named_run_again_and_harms_no_other(stub, cap
     path.write_text(whole)                                  # only the end of the line is missing
     assert [line["seed"] for line in reproduce.read_lines(path)] == [1]
     reproduce.append_line(path, json.loads(cut))
-    assert path.read_text() == f"{whole}\n{cut}\n"
+    assert path.read_text(encoding="utf-8") == f"{whole}\n{cut}\n"
 
 
 def test_a_flag_that_comes_or_goes_changes_no_line_and_repeats_no_run(stub, monkeypatch):
@@ -273,5 +274,6 @@ def test_a_page_gets_the_tables_that_it_names_and_keeps_the_rest(tmp_path):
     page.write_text("a\n<!-- note -->\n<!-- table1 -->\n| old |\n| old |\n<!-- end -->\nb\n<!-- table1-8bit -->\nc\n"
                     "<!-- table2 -->\n<!-- end -->\n")
     reproduce.refresh(page, {"table1": "| new |\n", "table1-8bit": "| not |\n", "table2": "| two |\n"})
-    assert page.read_text() == ("a\n<!-- note -->\n<!-- table1 -->\n| new |\n<!-- end -->\nb\n<!-- table1-8bit -->\nc\n"
-                                "<!-- table2 -->\n| two |\n<!-- end -->\n")
+    assert page.read_text(encoding="utf-8") == (
+        "a\n<!-- note -->\n<!-- table1 -->\n| new |\n<!-- end -->\nb\n<!-- table1-8bit -->\nc\n"
+        "<!-- table2 -->\n| two |\n<!-- end -->\n")

@@ -13,6 +13,7 @@ from conftest import ROOT, first
 
 import diffro_tts
 import grpo_asr
+from engine.log import logged_arguments
 
 MODULES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
            for pattern in ("*.py", "engine/*.py", "tools/*.py", "pretrain/*.py") for path in ROOT.glob(pattern)}
@@ -35,7 +36,7 @@ def sets(tmp_path_factory):
 
 def run(out, *flags):
     grpo_asr.main([*flags, "--out", str(out)])
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 GIVEN = ["--rewards", "R1,R2,R3", "--lr", "1e-3", "--temperature", "1.2", "--eval-every", "2"]
@@ -64,11 +65,11 @@ def test_a_run_leaves_everything_behind(unbroken):
     assert all(row["clipped"] == 0 for row in rows)                            # and stayed on its own policy
     taught = [row["grad_norm"] for row in rows if row["no_signal"] < 1]
     assert taught and min(taught) > 0
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     for key in ("metric", "before", "after", "best", "steps", "seconds", "phase_seconds", "peak_memory_gib", "test"):
         assert key in summary, key
     assert set(summary["test"]) == {"short", "noise"} and summary["best"] <= summary["before"]
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert samples[0]["best"]["total"] >= samples[0]["worst"]["total"] and samples[0]["said"]
     assert (out / "adapter" / "adapter_model.safetensors").exists()
 
@@ -89,12 +90,13 @@ def test_resume_equals_the_unbroken_run_bit_for_bit(sets, unbroken, tmp_path):
     assert a == b
     a, b = (torch.load(f / "state.pt", weights_only=True)["adapter"] for f in (unbroken[0], out))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     timing = ("seconds", "tokens_per_s", "peak_memory_gib", "peak_by_phase_gib")
     same = lambda rows: [{k: v for k, v in r.items() if k not in timing} for r in rows[1:] if "reward" in r]  # noqa: E731
     assert same(lines) == same(unbroken[1])
-    assert lines[0]["arguments"]["steps"] == 4                                 # the header says what it was given
-    a, b = (json.loads((f / "summary.json").read_text())["test"] for f in (unbroken[0], out))
+    assert lines[0]["arguments"]["steps"] == 2 and logged_arguments(out)["steps"] == 4     # beside the old header
+    assert next(line for line in lines if "resumed" in line)["arguments"] == {"steps": 4}
+    a, b = (json.loads((f / "summary.json").read_text(encoding="utf-8"))["test"] for f in (unbroken[0], out))
     assert a == b
 
 
@@ -108,15 +110,18 @@ def test_the_supervised_control_trains_on_the_transcripts(sets, tmp_path):
 def test_interruption_saves_and_says_how_to_go_on(sets, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "grpo_asr.py", *sets, "--out", str(out), "--steps", "5000",
-                                "--eval-every", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                                "--eval-every", "0"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     log = out / "log.jsonl"
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 3):
+    while process.poll() is None and not (log.exists() and len(log.read_text(encoding="utf-8").splitlines()) > 3):
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)
-    said, _ = process.communicate()
-    assert process.returncode == 0 and f"--resume {out}" in said, said
-    steps = json.loads((out / "summary.json").read_text())["steps"]
-    assert torch.load(out / "state.pt", weights_only=True)["step"] == steps >= 1
+    _, told = process.communicate()
+    steps = torch.load(out / "state.pt", weights_only=True)["step"]
+    assert process.returncode == 1 and steps >= 1, told
+    assert told.splitlines()[-1] == (f"stopped: saved after {steps} of 5000 steps; python grpo_asr.py --resume {out} "
+                                     "goes on")
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows if "eval_wer" in row] == [-1]          # its end is no part of the choice
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------
@@ -142,7 +147,7 @@ BOTH = ["--method", "grpo+diffro"]
 
 @pytest.mark.parametrize("chapter, flags, message", [
     (grpo_asr, ["--rewards", "R9"], "R1,R2,R3"), (grpo_asr, ["--micro", "5"], "--micro"),
-    (grpo_asr, ["--group", "1"], "--group must be 2"), (grpo_asr, ["--temperature", "0"], "--temperature"),
+    (grpo_asr, ["--group", "1"], "--group must be from 2"), (grpo_asr, ["--temperature", "0"], "--temperature"),
     (grpo_asr, ["--resume", "nowhere"], "no run there"), (grpo_asr, ["--steps", "many"], "--steps"),
     (grpo_asr, ["--quantize", "4bit"], "--quantize"), (diffro_tts, ["--filter", "positive"], "--filter"),
     (diffro_tts, ["--tau", "0"], "--tau"), (diffro_tts, [*BOTH, "--teach", "recording"], "--teach"),
@@ -183,7 +188,7 @@ def test_pitfall_24_modules_do_nothing_at_import():
 def imported(module):
     """The modules of this repository that `module` imports, wherever in it the import stands."""
     names = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):

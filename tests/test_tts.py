@@ -288,7 +288,7 @@ def test_embedded_texts_and_tests_are_disjoint_and_what_is_in_both_is_left_out(t
     (tmp_path / "texts.txt").write_text("\n".join([*train, next(iter(test))]))
     args = grpo_tts.parse_args(["--data", str(tmp_path / "texts.txt"), "--test", "data/tts/test"])
     texts, tests = split_texts(args)
-    assert not {s.text for s in texts} & {s.text for s in tests} and "1 texts of --data" in capsys.readouterr().out
+    assert not {s.text for s in texts} & {s.text for s in tests} and "1 lines of --data" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("chapter, flags, message", [*((grpo_tts, *case) for case in [
@@ -301,7 +301,7 @@ def test_embedded_texts_and_tests_are_disjoint_and_what_is_in_both_is_left_out(t
     (["--second-judge", "checkpoints/asr"], "must not be --judge")]), *((diffro_tts, *case) for case in [
         (["--token2text", "nowhere"], "--token2text nowhere: no such folder"),
         (["--token2text", "checkpoints/tts"], "--token2text checkpoints/tts"),
-        (["--teach", "recording", "--data", "data/test/keywords"], "--teach recording needs")])])
+        (["--teach", "recording", "--data", "data/tts/test"], "--teach recording needs")])])
 def test_a_users_mistake_gets_one_line(loaded_once, chapter, flags, message):
     with pytest.raises(SystemExit) as stopped:
         chapter.main(["--device", "cpu", "--steps", "1", *flags])
@@ -318,19 +318,19 @@ def test_a_run_leaves_everything_behind(loaded_once, tmp_path):
     grpo_tts.main(["--device", "cpu", "--batch", "2", "--group", "2", "--micro", "2", "--max-seconds", "2", "--steps",
                    "2", "--rewards", "R1,R2,R3", "--test", str(tmp_path / "test.txt"), "--eval-samples", "2", "--out",
                    str(out)])
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if "reward" in row]
     assert [r["step"] for r in rows] == [0, 1] and rows[0]["kl"] == 0 < rows[1]["kl"]
     assert set(rows[1]["seconds"]) >= {"rollout", "decode", "reward", "update"}
     for key in ("R1", "R2", "R3", "judge_failed", "tokens", "truncated", "repetition", "entropy", "grad_norm",
                 "peak_by_phase_gib", "no_signal", "empty", "lr"):
         assert key in rows[0], key
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     for key in ("wer", "similarity", "length_ratio", "words_per_s", "f0_spread", "truncated", "repetition"):
         assert summary["test"]["before"][key] is not None, key
     assert summary["test"]["before"]["length_ratio"] == 1 and summary["steps"] == 2     # no recordings: its own
     assert summary["test"]["before"]["utterances"] == 6
-    page = (out / "samples" / "index.html").read_text()
+    page = (out / "samples" / "index.html").read_text(encoding="utf-8")
     assert page.count("<audio") == 12
     once, again = ((out / "samples" / f"0{i}-before.wav").read_bytes() for i in (1, 4))
     assert once != again                                                                # other samples of one text

@@ -52,6 +52,7 @@ import torch
 import transformers as hf
 
 from data import load_folder
+from engine.log import read_rows
 
 
 def shell(name, folder):
@@ -59,12 +60,12 @@ def shell(name, folder):
     shutil.copytree(Path("checkpoints") / name, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
 
 
-def build_asr(folder):
+def build_asr(folder, seed=0):
     """Fun-ASR-Nano at its published size, 0.83B, behind the embedded processor."""
     small = hf.AutoConfig.from_pretrained("checkpoints/asr")
     config = hf.FunAsrNanoConfig(audio_token_id=small.audio_token_id)
     shell("asr", folder)
-    save(hf.FunAsrNanoForConditionalGeneration, config, folder)
+    save(hf.FunAsrNanoForConditionalGeneration, config, folder, seed=seed)
 
 
 def build_tts(folder):
@@ -96,9 +97,9 @@ def build_speaker(folder):
     save(hf.WavLMForXVector, hf.WavLMConfig(), folder)
 
 
-def save(model_class, config, folder, speech=()):
+def save(model_class, config, folder, speech=(), seed=0):
     """Random weights in bf16; `speech` rows of the embedding are large, so that speech is what is sampled."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = model_class(config)
     if speech:
@@ -113,7 +114,7 @@ def build_clips(folder, count, seconds, rate=16_000):
     """`count` clips of `seconds`, each made of several of d0, with what is said in them."""
     (folder / "audio").mkdir(parents=True)
     clips = sorted((u for u in load_folder("data/d0") if u.text), key=lambda u: u.path)
-    with open(folder / "metadata.jsonl", "w") as table:
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as table:
         for i in range(count):
             wave, text = np.zeros(0, dtype=np.float32), []
             while len(wave) < seconds * rate:
@@ -129,7 +130,8 @@ def real(script, seconds):
     makers = {"asr": build_asr, clips: functools.partial(build_clips, count=24, seconds=seconds),
               test: functools.partial(build_clips, count=32, seconds=seconds)}
     if script != "grpo_asr":
-        makers |= {"tts": build_tts, "codec": build_codec, "speaker": build_speaker}
+        makers |= {"asr2": functools.partial(build_asr, seed=1), "tts": build_tts, "codec": build_codec,
+                   "speaker": build_speaker}
     for name, make in makers.items():
         if not (REAL / name).exists():
             print(f"build {REAL / name}", flush=True)
@@ -138,11 +140,9 @@ def real(script, seconds):
             (REAL / "half").rename(REAL / name)
     if script == "grpo_asr":
         return ["--model", REAL / "asr", "--data", REAL / clips, "--test", REAL / test]
-    if not (REAL / "asr2").exists():
-        (REAL / "asr2").symlink_to("asr")
     texts = REAL / "texts.txt"
-    lines = Path("data/tts/test/metadata.jsonl").read_text().splitlines()[:4]
-    texts.write_text("".join(json.loads(line)["text"] + "\n" for line in lines))
+    lines = Path("data/tts/test/metadata.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+    texts.write_text("".join(json.loads(line)["text"] + "\n" for line in lines), encoding="utf-8")
     return ["--model", REAL / "tts", "--codec", REAL / "codec", "--judge", REAL / "asr", "--second-judge",
             REAL / "asr2", "--speaker", REAL / "speaker", "--test", texts]
 
@@ -165,7 +165,7 @@ def main(argv=None):
             raise
         row["failed"] = str(stop.code)
     if (out / "log.jsonl").exists():
-        header, *rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        header, *rows = read_rows(out / "log.jsonl")
         row |= {"device": header["device"], "dtype": header["dtype"], "commit": header["commit"]}
         steps = [r for r in rows if "seconds" in r and "kl" in r and r["step"] >= args.steps // 2]
         if steps:
@@ -175,7 +175,7 @@ def main(argv=None):
             row["peak_by_phase_gib"] = {k: round(v, 2) for k, v in steps[-1]["peak_by_phase_gib"].items()}
     print(json.dumps(row))
     Path(args.log).parent.mkdir(parents=True, exist_ok=True)
-    with open(args.log, "a") as log:
+    with open(args.log, "a", encoding="utf-8") as log:
         log.write(json.dumps(row) + "\n")
 
 

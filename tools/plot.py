@@ -37,11 +37,12 @@ def parse_args(argv=None):
 
 def read_log(folder):
     """(header, rows) of a run's log.jsonl; SystemExit with one line if there is none."""
+    from data import DataError  # loads torch, which --help and pictures of what is measured do without
+    from engine.log import logged_header, read_rows
     try:
-        header, *rows = map(json.loads, (Path(folder) / "log.jsonl").read_text().split("\n")[:-1])
-        return {"arguments": header["arguments"], **header}, rows
-    except (OSError, ValueError, KeyError, TypeError):
-        sys.exit(f"error: {folder}: no readable log.jsonl of a run in it")
+        return logged_header(folder), [row for row in read_rows(Path(folder) / "log.jsonl") if "step" in row]
+    except DataError as error:
+        sys.exit(f"error: {error}")
 
 
 def curves(rows):

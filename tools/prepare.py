@@ -86,9 +86,10 @@ import torch
 from torchaudio.datasets import LIBRISPEECH, LIBRITTS, LJSPEECH, LibriSpeechBiasing
 from tqdm import tqdm
 
-from data import DataError, parse_row, read_audio, read_lines
+from data import DataError, decode_audio, listed, missing, parse_row, read_lines, voice_of
 from engine.judges import Judge
-from engine.run import pick_device, quiet
+from engine.log import as_line, read_rows, replace_file
+from engine.run import pick_device, quiet, same_model
 from rewards import keyword_counts, normalize_text, repeats_itself
 
 # ---- corpora -----------------------------------------------------------------------------------------------
@@ -191,8 +192,7 @@ def read_pool(args):
 
     def read(line):
         row = parse_row(line, "file_name", "text")
-        if not isinstance(row.get("keywords") or [], list):
-            raise DataError('"keywords" must be a list of strings')
+        listed(row, "keywords", str), voice_of(row)
         row["file_name"] = str((folder / row["file_name"]).resolve())
         return {**row, "seconds": seconds_of(row["file_name"])}
 
@@ -202,9 +202,11 @@ def read_pool(args):
 def seconds_of(path):
     """Length of an audio file, from its header alone. Raises DataError."""
     try:
+        if not Path(path).is_file():
+            raise DataError(f"{path}: {missing(Path(path))}")
         return sf.info(path).duration
-    except (sf.LibsndfileError, OSError, TypeError, ValueError):
-        raise DataError(f"{path}: " + ("cannot be read as audio" if Path(path).exists() else "no such file")) from None
+    except (sf.LibsndfileError, OSError, TypeError):
+        raise DataError(f"{path}: cannot be read as audio") from None
 
 
 def eligible(args, rows):
@@ -224,7 +226,7 @@ def eligible(args, rows):
 
 def hard_cases(args, rows):
     """D1 [paper]: clips that different recognisers hear differently, or of which one hears a long repetition."""
-    if args.model == args.second_model:
+    if same_model(args.model, args.second_model):
         raise DataError("--second-model must not be --model: they would never disagree")
     first, second = (transcripts(args, rows, name, flag) for name, flag in
                      ((args.model, "--model"), (args.second_model, "--second-model")))
@@ -242,11 +244,10 @@ def transcripts(args, rows, model, flag):
     table, known = Path(args.out) / "transcripts.jsonl", {}
     table.parent.mkdir(parents=True, exist_ok=True)
     key = lambda row: (row["model"], row["language"], row["file_name"])  # noqa: E731
-    if table.exists():
-        lines = table.read_text(encoding="utf-8").split("\n")
-        if lines.pop():                                     # stopped in the middle of a line
-            table.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        known = {key(row): row["text"] for row in map(json.loads, filter(None, lines))}
+    if table.exists():                                      # stopped in the middle of a line: that line goes
+        kept = read_rows(table)
+        replace_file(table, lambda path: path.write_text("".join(map(as_line, kept)), encoding="utf-8"))
+        known = {key(row): row["text"] for row in kept}
     asked = [{"model": model, "language": args.language, "file_name": row["file_name"]} for row in rows]
     todo = [i for i in range(len(rows)) if key(asked[i]) not in known]
     todo.sort(key=lambda i: rows[i]["seconds"])             # batches of clips alike in length
@@ -255,7 +256,7 @@ def transcripts(args, rows, model, flag):
         with open(table, "a", encoding="utf-8") as out:
             for start in tqdm(range(0, len(todo), args.batch), desc=f"{flag} {model}", leave=False, disable=None):
                 part = todo[start:start + args.batch]
-                waves = [read_audio.__wrapped__(rows[i]["file_name"], judge.rate) for i in part]  # not to be kept
+                waves = [decode_audio(rows[i]["file_name"], judge.rate) for i in part]  # not to be kept
                 for i, text in zip(part, judge.transcribe(waves, args.batch)):
                     known[key(asked[i])] = text
                     out.write(json.dumps({**asked[i], "text": text}, ensure_ascii=False) + "\n")
@@ -286,11 +287,9 @@ def choose(args):
 def write_folder(out, rows):
     """OUT/metadata.jsonl, whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "metadata.tmp", "w", encoding="utf-8") as table:
-        for row in rows:
-            row = {key: value for key, value in row.items() if key != "seconds"}
-            table.write(json.dumps(row, ensure_ascii=False) + "\n")
-    (out / "metadata.tmp").replace(out / "metadata.jsonl")
+    lines = [json.dumps({key: value for key, value in row.items() if key != "seconds"}, ensure_ascii=False) + "\n"
+             for row in rows]
+    replace_file(out / "metadata.jsonl", lambda path: path.write_text("".join(lines), encoding="utf-8"))
 
 
 def prepare(args):

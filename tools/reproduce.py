@@ -122,7 +122,7 @@ def parse_args(argv=None):
 def read_lines(path):
     """What a JSON-lines file holds; a line that was cut off, the writer killed or the disk full, is named, not read."""
     lines = []
-    for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
         try:
             lines.append(json.loads(text))
         except ValueError:
@@ -133,8 +133,8 @@ def read_lines(path):
 def append_line(path, line):
     """Adds a line to a JSON-lines file, below one that was cut off, not behind it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cut = path.exists() and not path.read_text().endswith("\n")
-    with open(path, "a") as file:
+    cut = path.exists() and not path.read_text(encoding="utf-8").endswith("\n")
+    with open(path, "a", encoding="utf-8") as file:
         file.write("\n" * cut + json.dumps(line) + "\n")
 
 
@@ -156,7 +156,7 @@ def line_of(folder, name, seed, script):
                  if key not in ("seed", "out", "resume", "device") and (key not in defaults or value != defaults[key])}
     return {"row": name, "seed": seed, "script": script, "arguments": arguments,
             **{key: header[key] for key in ("commit", "versions", "device", "dtype")},
-            "summary": json.loads((folder / "summary.json").read_text()), "curve": plot.curves(rows)}
+            "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")), "curve": plot.curves(rows)}
 
 
 def small_tests(folder):
@@ -187,7 +187,7 @@ def run(args, small, name, seed):
     command = [sys.executable, script, *flags.split(), "--seed", str(seed), "--out", str(folder),
                *small.get(script, []), *args.flags]
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs)), **os.environ}          # a set one stays
-    with open(f"{folder}.txt", "w") as output:
+    with open(f"{folder}.txt", "w", encoding="utf-8") as output:
         return folder, subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=threads).returncode
 
 
@@ -319,10 +319,10 @@ def draw_pictures(runs, phases, folder):
 
 def refresh(page, tables):
     """Puts the tables into a Markdown file: each between <!-- its mark --> and <!-- end -->."""
-    old = page.read_text()
+    old = page.read_text(encoding="utf-8")
     new = re.sub(rf"(<!-- ({'|'.join(tables)}) -->\n)[^<]*(?=<!-- end -->)", lambda m: m[1] + tables[m[2]], old)
     if new != old:
-        page.write_text(new)
+        page.write_text(new, encoding="utf-8")
 
 
 def main(argv=None):

@@ -59,7 +59,6 @@ from pathlib import Path
 import safetensors
 import soundfile as sf
 import torch
-from peft import get_peft_model_state_dict
 from transformers import AutoConfig
 
 import grpo_asr
@@ -67,8 +66,9 @@ import grpo_tts
 from data import DataError, Sentence, Utterance, load_folder, read_audio
 from engine import speech
 from engine.judges import Codec
+from engine.log import logged_arguments
 from engine.models import load_pretrained
-from engine.run import load_adapter, logged_arguments, pick_device, quiet
+from engine.run import load_adapter, pick_device, quiet
 from engine.sampling import generator_for, sample
 
 # ---- runs and models ---------------------------------------------------------------------------------------
@@ -110,15 +110,10 @@ def open_model(given, kind, device):
     except DataError as error:                              # there is no --model here
         raise DataError(str(error).removeprefix("--model ")) from None
     if given.adapter:                                       # without: a new one, which does nothing
-        reason = "its layers are others"
         try:
-            saved = safetensors.torch.load_file(given.adapter / "adapter_model.safetensors")
-            if fits := saved.keys() == get_peft_model_state_dict(policy).keys():
-                load_adapter(policy, given.adapter)
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            fits, reason = False, " ".join(str(error).split())[:200]
-        if not fits:
-            raise DataError(f"{given.adapter}: damaged, or not made for {given.model} ({reason}); --base names another")
+            load_adapter(policy, given.adapter)
+        except DataError as error:
+            raise DataError(f"{error}, or was not made for {given.model}: --base names another") from None
     return processor, policy
 
 
