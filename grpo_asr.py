@@ -31,7 +31,8 @@ if __name__ == "__main__":
 
 import torch
 
-from data import DataError, batch_indices, split_clips
+from data import batch_indices, split_clips
+from engine.audio import DataError
 from engine.models import add_adapters, load_recogniser, precision, quantization
 from engine.recognisers import answers, collate, embed, rate
 from engine.report import (
@@ -55,7 +56,8 @@ from engine.sampling import (
     sample,
     self_check,
 )
-from rewards import asr_metrics, asr_reward, normalize_text
+from engine.text import normalize_text
+from rewards import asr_metrics, asr_reward
 
 # Shapes: B clips a step, G samples each, N = B G samples, T tokens of a transcript, L of a prompt, D width,
 # M samples of a micro-batch.

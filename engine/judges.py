@@ -21,7 +21,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from data import DataError, reason
+from engine.audio import DataError, reason
 from engine.models import load_pretrained, load_recogniser, precision
 from engine.recognisers import answers, ask, greedy, rate
 

@@ -13,7 +13,8 @@ import soundfile as sf
 import torch
 from torchaudio.transforms import MelSpectrogram
 
-from rewards import by_character, edit_counts, normalize_text
+from engine.text import by_character, normalize_text
+from rewards import edit_counts
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -18,7 +18,7 @@ import safetensors
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from data import DataError, reason
+from engine.audio import DataError, reason
 
 try:
     import fcntl

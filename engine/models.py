@@ -23,7 +23,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
-from data import DataError, is_pointer, reason
+from engine.audio import DataError, is_pointer, reason
 from engine.recognisers import RECOGNISERS, end_tokens, recogniser, settle
 
 LINEAR = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)      # 8-bit layers are Linear too

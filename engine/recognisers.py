@@ -19,8 +19,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq, BatchFeature
 
-from data import DataError, reason
-from rewards import language_code
+from engine.audio import DataError, reason
+from engine.text import language_code
 
 # the prompts that IBM's model card and Qwen's evaluation code give for transcription
 GRANITE = [{"role": "system", "content": "Knowledge Cutoff Date: April 2024.\nToday's Date: April 9, 2025.\n"

@@ -2,7 +2,8 @@
 import jiwer
 
 from engine.log import adapted
-from rewards import edit_counts, normalize_text
+from engine.text import normalize_text
+from rewards import edit_counts
 
 COLUMNS = {"wer": "WER", "insertions": "ins", "deletions": "del", "substitutions": "sub", "keyword_f1": "keyword F1",
            "hallucination_rate": "invented", "length_ratio": "length"}

@@ -24,7 +24,7 @@ import transformers
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
 
-from data import DataError, reason
+from engine.audio import DataError, reason
 from engine.log import RunLog, lock, logged_arguments, new_run_folder, run_header
 
 try:

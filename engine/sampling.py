@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, StaticCache
 
-from data import DataError
+from engine.audio import DataError
 
 
 @dataclass

@@ -142,8 +142,11 @@ def read(p, argv):
                 action.default = beside(action.default) if one else [*map(beside, action.default)]
     args = p.parse_args(argv)
     for name, value in vars(args).items():
-        if "" in (value if isinstance(value, list) else [value]):
+        values = value if isinstance(value, list) else [value]
+        if "" in values:
             p.error(f"--{name.replace('_', '-')} is empty")
+        if any("\ud800" <= c <= "\udfff" for text in values if isinstance(text, str) for c in text):
+            p.error(f"--{name.replace('_', '-')} holds bytes that are no UTF-8")
     if args.resume:
         args = resumed(p, argv, args)
     if getattr(args, "objective", "") == "supervised":
@@ -165,7 +168,7 @@ def stop_at_once(*_):
 
 def resumed(p, argv, args):
     """The arguments of the run to resume, with those typed anew that may change. Ends with one line for any other."""
-    from data import DataError
+    from engine.audio import DataError
     from engine.log import saved_run
     from engine.run import same_model
 
@@ -221,7 +224,7 @@ def check(p, args):
     if not 0 <= args.seed < 2 ** 31:
         p.error(f"--seed must be from 0 to 2^31 - 1, not {args.seed}")
     if args.language != "en":
-        from rewards import language_code
+        from engine.text import language_code
         try:
             language_code(args.language)
         except ValueError as error:

@@ -17,14 +17,16 @@ from peft import PeftModel
 from rapidfuzz.distance import Levenshtein
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import DataError, batch_indices, load_folder, split_texts
+from data import batch_indices, load_folder, split_texts
+from engine.audio import DataError
 from engine.judges import Codec, Judge, Speaker, Token2Text
 from engine.listen import write_page
 from engine.models import add_adapters, load_pretrained, precision, quantization
 from engine.report import percent, print_start, print_times, print_transcripts, print_tts_table
 from engine.run import Run, load_adapter, pick_device, quiet
 from engine.sampling import Prompts, generator_for, reference, sample, self_check
-from rewards import Speech, asr_metrics, language_code, repeats, tts_metrics
+from engine.text import language_code
+from rewards import Speech, asr_metrics, repeats, tts_metrics
 
 START, END = "<|SPEECH_GENERATION_START|>", "<|SPEECH_GENERATION_END|>"
 EVAL_BATCH = 50  # test sentences at once: it decides which draw goes where

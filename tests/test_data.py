@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from data import DataError, batch_indices, load_folder, read_audio
+from data import batch_indices, load_folder
+from engine.audio import DataError, read_audio
 from engine.models import load_pretrained
 from engine.run import RunLog, pick_device
 

@@ -8,8 +8,9 @@ from conftest import CPU
 from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 import diffro_tts
-from data import DataError, Sentence, load_sentences
+from data import Sentence, load_sentences
 from diffro_tts import categorical_kl, diffro_loss, recordings_as_rollout, soft_tokens, text_logprob
+from engine.audio import DataError
 from engine.judges import Token2Text
 from pretrain.tts import build_tokenizer
 

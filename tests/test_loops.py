@@ -14,7 +14,7 @@ import grpo_tts
 from data import load_folder, load_sentences, split_clips, split_texts
 from engine.recognisers import collate
 from engine.sampling import sample
-from rewards import normalize_text
+from engine.text import normalize_text
 
 TEXTS = [s.text for s in load_sentences("data/tts/test")[:3]]
 

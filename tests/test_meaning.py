@@ -17,12 +17,14 @@ import data
 import grpo_asr
 import grpo_tts
 import rewards
-from data import DataError, Sentence, load_folder, load_sentences, read_audio, split_clips, split_texts, with_lists
-from engine import speech
+from data import Sentence, load_folder, load_sentences, split_clips, split_texts, with_lists
+from engine import audio, speech
+from engine.audio import DataError, read_audio
 from engine.log import RunLog
 from engine.models import add_adapters, load_recogniser
 from engine.recognisers import ask, behind_an_answer
-from rewards import asr_accuracy, asr_reward, edit_counts, hallucination, keyword_counts, language_code, normalize_text
+from engine.text import language_code, normalize_text
+from rewards import asr_accuracy, asr_reward, edit_counts, hallucination, keyword_counts
 from tools import prepare
 
 RATE = 16_000
@@ -250,8 +252,8 @@ def test_distractors_are_drawn_without_going_through_the_list(monkeypatch):
 def test_no_rate_decides_the_memory(tmp_path, rate, monkeypatch):
     time = np.arange(rate) / rate
     sf.write(tmp_path / "a.wav", (0.3 * np.sin(2 * np.pi * 440 * time)).astype(np.float32), rate)
-    asked, real = [], data.torchaudio.functional.resample
-    monkeypatch.setattr(data.torchaudio.functional, "resample",
+    asked, real = [], audio.torchaudio.functional.resample
+    monkeypatch.setattr(audio.torchaudio.functional, "resample",
                         lambda wave, old, new: asked.append((old, new)) or real(wave, old, new))
     wave = read_audio(tmp_path / "a.wav", RATE)
     assert asked[0][0] * asked[0][1] <= 1e6 and asked[0][0] / asked[0][1] == pytest.approx(rate / RATE, rel=1e-3)
@@ -282,7 +284,7 @@ def test_what_a_header_claims_is_looked_at_before_anything_is_read(tmp_path, mon
 
 
 def test_decoded_audio_is_kept_up_to_a_number_of_bytes(monkeypatch):
-    cache = data.Cache()
+    cache = audio.Cache()
     monkeypatch.setattr(cache, "limit", 10_000)
     for i in range(8):
         cache.keep(i, np.zeros(500, np.float32))
@@ -538,6 +540,14 @@ def test_a_length_just_over_the_limit_is_not_rounded_away(tmp_path):
     folder_of(tmp_path, ("a.wav", "x", 0, {}), seconds=2.001)
     with pytest.raises(DataError, match="2.001 s long, over --max-seconds 2"):
         load_folder(tmp_path, max_seconds=2)
+
+
+def test_a_step_in_which_no_sample_ends_is_said_once(tmp_path, capsys):
+    rows = [(str(u.path.resolve()), u.text, 0, {}) for u in first(3, "data/d1")]
+    grpo_asr.main(["--data", str(folder_of(tmp_path / "d", *rows)), "--test", str(folder_of(
+        tmp_path / "t", (str(first(1, "data/test/short")[0].path.resolve()), "hello", 0, {}))), "--batch", "2",
+        "--group", "2", "--steps", "2", "--max-tokens", "1", "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().out.count("no sample came to an end") == 1
 
 
 # ---- the first line --------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import torch
 import transformers as hf
 
 import grpo_tts
-from data import DataError
 from engine import speech
+from engine.audio import DataError
 from engine.judges import Codec
 from tools import use
 

@@ -73,3 +73,10 @@ def test_what_is_no_log_gets_one_line(tmp_path, text, message):
         (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(SystemExit, match=message):
         plot.main([str(tmp_path)])
+
+
+def test_a_picture_that_cannot_be_written_gets_one_line(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"arguments": {}}\n{"step": 0, "kl": 0.1}\n')
+    for out in ("nowhere/a.png", "a.xyz"):
+        with pytest.raises(SystemExit, match="cannot be written"):
+            plot.main([str(tmp_path), "--out", str(tmp_path / out)])

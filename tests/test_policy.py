@@ -10,7 +10,7 @@ from conftest import CPU, first, untrained
 from transformers import AutoModelForMultimodalLM
 
 import grpo_asr
-from data import DataError
+from engine.audio import DataError
 from engine.models import add_adapters
 from engine.recognisers import collate
 from engine.run import Run, pick_device

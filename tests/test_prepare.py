@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from data import CACHE, load_folder, load_sentences
+from data import load_folder, load_sentences
+from engine.audio import CACHE
 from tools import prepare
 
 RATE = 16_000

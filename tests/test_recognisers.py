@@ -17,7 +17,7 @@ from test_policy import close, logprobs, rollout_of
 from tokenizers.pre_tokenizers import ByteLevel
 
 import grpo_asr
-from data import DataError
+from engine.audio import DataError
 from engine.judges import Judge
 from engine.models import load_recogniser, mend_attention
 from engine.recognisers import RECOGNISERS, collate, embed

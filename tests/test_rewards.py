@@ -2,7 +2,8 @@
 import jiwer
 import pytest
 
-from rewards import asr_accuracy, asr_metrics, asr_reward, edit_counts, hallucination, keyword_score, normalize_text
+from engine.text import normalize_text
+from rewards import asr_accuracy, asr_metrics, asr_reward, edit_counts, hallucination, keyword_score
 
 # ---- the normaliser ----------------------------------------------------------------------------------------
 

@@ -27,10 +27,11 @@ from peft import PeftModel
 import diffro_tts
 import grpo_asr
 import grpo_tts
-from data import DataError, Sentence, load_folder, load_sentences, read_audio, split_clips
+from data import Sentence, load_folder, load_sentences, split_clips
 from engine import log as engine_log
 from engine import run as engine_run
 from engine import sampling, speech
+from engine.audio import DataError, read_audio
 from engine.log import lock, read_rows
 from engine.models import load_pretrained
 
@@ -360,6 +361,7 @@ def test_a_resume_of_another_scripts_run_is_refused(finished, copy, capsys):
 @pytest.mark.parametrize("flag", ["resume", "out", "adapter", "model", "data", "test", "language", "rewards"])
 def test_an_empty_flag_is_no_default(capsys, flag):
     assert f"--{flag} is empty" in refusal(capsys, grpo_asr, f"--{flag}", "")
+    assert f"--{flag} holds bytes that are no UTF-8" in refusal(capsys, grpo_asr, f"--{flag}", "a\udcff")
 
 
 @pytest.mark.parametrize("name, value", [("steps", "many"), ("batch", [1]), ("lr", None), ("objective", "bliss"),
@@ -469,8 +471,8 @@ def test_more_words_than_anyone_says_are_counted(tmp_path, capsys):
     rows.append({"file_name": "0.ogg", "text": "the first second of a sentence of eleven words is here"})
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     split_clips(grpo_asr.parse_args(["--data", str(tmp_path), "--batch", "1", "--seed", "2"]), RATE)
-    assert "1 of 4 recordings say more than 7 tokens a second: cut short, or of another text? The first: " in (
-        capsys.readouterr().out)
+    said = "1 of 4 recordings say more than 7 tokens a second: cut short, or of another text?"
+    assert f'{said} The first: "the first second' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value, message", [(1e20, "samples of 1e+20"), (32768.0, "samples of 3.28e+04"),

@@ -11,19 +11,14 @@ from conftest import CPU, untrained
 
 import diffro_tts
 import grpo_tts
-from data import DataError, load_sentences, split_texts
+from data import load_sentences, split_texts
+from engine.audio import DataError
 from engine.judges import Codec, Judge, Speaker
 from engine.models import load_pretrained
 from engine.sampling import Prompts, Rollout, completion_logprobs, generator_for, sample, self_check
 from engine.speech import END, START, codes_of, evaluate, load, make_prompts, prompt_ids, speech_tokens
 from grpo_tts import judged_advantages
-from rewards import (
-    Speech,
-    duration_reward,
-    f0_spread,
-    repeats,
-    tts_reward,
-)
+from rewards import Speech, duration_reward, f0_spread, repeats, tts_reward
 
 G, RATE = 4, 16_000
 TEXTS = ("marian told anna a cheap story about the falcon", "the animal near the market belongs to walter")

@@ -37,7 +37,7 @@ def parse_args(argv=None):
 
 def read_log(folder):
     """(header, rows) of a run's log.jsonl; SystemExit with one line if there is none."""
-    from data import DataError  # loads torch, which --help and pictures of what is measured do without
+    from engine.audio import DataError  # loads torch, which --help and pictures of what is measured do without
     from engine.log import logged_header, read_rows
     try:
         return logged_header(folder), [row for row in read_rows(Path(folder) / "log.jsonl") if "step" in row]
@@ -164,7 +164,11 @@ def main(argv=None):
     for header, rows in runs:
         name = label(header["arguments"], [other["arguments"] for other, _ in runs])
         groups.setdefault(name, []).append(curves(rows))
-    print(draw(groups, args.out or Path(args.runs[0]) / "curves.png"))
+    out = args.out or Path(args.runs[0]) / "curves.png"
+    try:
+        print(draw(groups, out))
+    except (OSError, ValueError) as error:          # of a suffix that matplotlib does not write
+        sys.exit(f"error: {out}: cannot be written ({error})")
 
 
 if __name__ == "__main__":

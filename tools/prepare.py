@@ -86,11 +86,13 @@ import torch
 from torchaudio.datasets import LIBRISPEECH, LIBRITTS, LJSPEECH, LibriSpeechBiasing
 from tqdm import tqdm
 
-from data import DataError, decode_audio, listed, missing, parse_row, read_lines, voice_of
+from data import listed, parse_row, read_lines, voice_of
+from engine.audio import DataError, decode_audio, missing
 from engine.judges import Judge
 from engine.log import as_line, read_rows, replace_file
 from engine.run import pick_device, quiet, same_model
-from rewards import keyword_counts, normalize_text, repeats_itself
+from engine.text import normalize_text
+from rewards import keyword_counts, repeats_itself
 
 # ---- corpora -----------------------------------------------------------------------------------------------
 

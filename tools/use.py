@@ -63,8 +63,9 @@ from transformers import AutoConfig
 
 import grpo_asr
 import grpo_tts
-from data import DataError, Sentence, Utterance, load_folder, read_audio
+from data import Sentence, Utterance, load_folder
 from engine import speech
+from engine.audio import DataError, read_audio
 from engine.judges import Codec
 from engine.log import logged_arguments
 from engine.models import load_pretrained
@@ -154,7 +155,7 @@ def transcribe(args):
     clips = [Utterance(Path(file), "", seconds=len(read_audio(Path(file), 16_000)) / 16_000) for file in args.files]
     for clip in clips:                                      # a bad file is named before the model loads
         if given.max_seconds and clip.seconds > given.max_seconds:
-            raise DataError(f"{clip.path}: {clip.seconds:.1f} s long, over --max-seconds {given.max_seconds:g}")
+            raise DataError(f"{clip.path}: {clip.seconds:.7g} s long, over --max-seconds {given.max_seconds:g}")
     processor, policy = open_model(given, "asr", device)
     texts, _ = grpo_asr.evaluate(policy, processor, clips, given)
     for file, text in zip(args.files, texts):
