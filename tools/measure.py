@@ -110,10 +110,10 @@ def save(model_class, config, folder, speech=(), seed=0):
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-def build_clips(folder, count, seconds, rate=16_000):
-    """`count` clips of `seconds`, each made of several of d0, with what is said in them."""
+def build_clips(folder, count, seconds, test=False, rate=16_000):
+    """`count` clips of `seconds`, each made of several of d0, with what is said in them; to test on, from its start."""
     (folder / "audio").mkdir(parents=True)
-    clips = sorted((u for u in load_folder("data/d0") if u.text), key=lambda u: u.path)
+    clips = sorted((u for u in load_folder("data/d0") if u.text), key=lambda u: u.path, reverse=test)
     with open(folder / "metadata.jsonl", "w", encoding="utf-8") as table:
         for i in range(count):
             wave, text = np.zeros(0, dtype=np.float32), []
@@ -128,7 +128,7 @@ def real(script, seconds):
     """The flags that put a script on models of real size, which are built where they are missing."""
     clips, test = f"clips{seconds}", f"test{seconds}"
     makers = {"asr": build_asr, clips: functools.partial(build_clips, count=24, seconds=seconds),
-              test: functools.partial(build_clips, count=32, seconds=seconds)}
+              test: functools.partial(build_clips, count=32, seconds=seconds, test=True)}
     if script != "grpo_asr":
         makers |= {"asr2": functools.partial(build_asr, seed=1), "tts": build_tts, "codec": build_codec,
                    "speaker": build_speaker}
