@@ -64,7 +64,7 @@ class RunLog:
                    and name not in ("resume", "out")}
         for name in ("log", "samples"):
             rows = [row for row in read_rows(self.folder / f"{name}.jsonl")
-                    if row.get("step", row.get("resumed", -1)) < resume_at]
+                    if row.get("step", row.get("resumed", 0) - 1) < resume_at]
             if name == "log":
                 rows.append({"resumed": resume_at, **header, "arguments": changed})
             if (self.folder / f"{name}.jsonl").exists():
@@ -127,7 +127,7 @@ def read_rows(path):
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError
-        except ValueError:
+        except (ValueError, RecursionError):
             if any(map(is_json, lines[number:])):
                 raise DataError(f"{path}:{number}: is damaged, and more follows") from None
             break
@@ -138,7 +138,7 @@ def read_rows(path):
 def is_json(line):
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

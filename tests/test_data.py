@@ -7,8 +7,9 @@ import soundfile as sf
 
 from data import batch_indices, load_folder
 from engine.audio import DataError, read_audio
+from engine.log import RunLog, logged_arguments
 from engine.models import load_pretrained
-from engine.run import RunLog, pick_device
+from engine.run import pick_device
 
 RATE = 16_000
 
@@ -154,6 +155,13 @@ def test_resuming_drops_what_came_after_the_saved_step(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert "arguments" in lines[0] and [r["step"] for r in lines[1:-1]] == [0, 1, 2] and lines[1]["reward"] == 0.333333
     assert lines[-1] == {"resumed": 3, "arguments": {}}
+
+
+def test_what_changed_at_a_resume_is_not_lost_at_the_next(tmp_path):
+    RunLog(tmp_path, {"arguments": {"steps": 5}}).write("log", {"step": 0})
+    RunLog(tmp_path, {"arguments": {"steps": 9}}, resume_at=1)
+    RunLog(tmp_path, {"arguments": logged_arguments(tmp_path)}, resume_at=1)               # killed before it had saved
+    assert logged_arguments(tmp_path)["steps"] == 9
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "nowhere", "checkpoints/none", "/nowhere/at/all"])
