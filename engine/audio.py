@@ -73,7 +73,7 @@ def decode_audio(path, rate):
             raise
         pointer = is_pointer(path)
         raise DataError(f"{path}: {pointer or f'cannot be read as audio ({error})'}") from None
-    if len(wave) < info.frames:
+    if info.format == "FLAC" and len(wave) < info.frames:       # others' numbers are estimates, or the samples' own
         raise DataError(f"{path}: ends after {len(wave)} of {info.frames} samples: copied in part?")
     mono = wave.mean(axis=1)
     loudness = lambda x: np.sqrt(np.square(x, dtype=np.float64).mean(axis=0)) if len(x) else 0.0  # noqa: E731
