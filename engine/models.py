@@ -46,7 +46,7 @@ def load_pretrained(auto_class, name, flag="--model", **options):
             safetensors.SafetensorError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        files = Path(name).glob("*.*") if Path(name).is_dir() else []
+        files = [file for file in Path(name).glob("*") if file.is_file()]
         why = next((f"{file.name} is {is_pointer(file)}" for file in files if is_pointer(file)), reason(error))
         raise DataError(f"{flag} {name}: cannot be loaded ({why})") from None
     if found["missing_keys"]:       # transformers would fill them with random numbers

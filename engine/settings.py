@@ -201,6 +201,16 @@ def resumed(p, argv, args):
     return argparse.Namespace(**{**saved, **{name: typed[name] for name in MAY_CHANGE if name in typed}})
 
 
+def check_language(p, name):
+    """Ends with one line where no language has this name."""
+    if name not in (None, "en"):
+        from engine.text import language_code
+        try:
+            language_code(name)
+        except ValueError as error:
+            p.error(f"--language: {error}")
+
+
 def check(p, args):
     """Ends with one line where a value is out of range or two do not go together."""
     alone = getattr(args, "objective", "") == "supervised" or getattr(args, "method", "") == "diffro"
@@ -223,12 +233,7 @@ def check(p, args):
                 f"{args.micro} must be a multiple of --group {args.group}")
     if not 0 <= args.seed < 2 ** 31:
         p.error(f"--seed must be from 0 to 2^31 - 1, not {args.seed}")
-    if args.language != "en":
-        from engine.text import language_code
-        try:
-            language_code(args.language)
-        except ValueError as error:
-            p.error(f"--language: {error}")
+    check_language(p, args.language)
     if "method" in args:
         if args.method == "diffro" and args.filter == "positive":
             p.error("--filter positive needs the advantages of --method grpo+diffro")

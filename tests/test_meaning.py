@@ -25,7 +25,7 @@ from engine.models import add_adapters, load_recogniser
 from engine.recognisers import ask, behind_an_answer
 from engine.text import language_code, normalize_text
 from rewards import asr_accuracy, asr_reward, edit_counts, hallucination, keyword_counts
-from tools import prepare
+from tools import prepare, use
 
 RATE = 16_000
 
@@ -108,7 +108,11 @@ def test_an_unknown_language_is_an_error_and_not_counted_in_words(capsys):
         normalize_text("a", "simlish")
     with pytest.raises(SystemExit):
         grpo_asr.parse_args(["--language", "simlish"])
-    assert "--language: 'simlish' is no language" in capsys.readouterr().err
+    for main, argv in ((prepare.main, ["select", "keywords", "data/d3", "--out", "x"]),
+                       (use.main, ["transcribe", "checkpoints/asr", "a.wav"])):
+        with pytest.raises(SystemExit):
+            main([*argv, "--language", "simlish"])
+    assert capsys.readouterr().err.count("--language: 'simlish' is no language") == 3
 
 
 def test_keyword_lists_are_matched_in_the_language_of_the_data():

@@ -555,6 +555,12 @@ def test_the_speech_check_warns_of_texts_hardly_read_and_stops_where_none_arrive
             speech.check(studio, texts)
 
 
+def test_a_folder_that_holds_folders_and_no_model_is_one_line(tmp_path):
+    (tmp_path / "a.b").mkdir()
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_pretrained(hf.AutoModel, str(tmp_path))
+
+
 def test_every_loader_refuses_code(monkeypatch):
     asked = []
 

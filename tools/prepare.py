@@ -27,6 +27,8 @@ without it.
 """
 import argparse
 
+from engine.settings import check_language
+
 SUBSETS = "dev-clean dev-other test-clean test-other train-clean-100 train-clean-360 train-other-500".split()
 
 
@@ -68,6 +70,7 @@ def parse_args(argv=None):
     for name, least in dict(count=1, batch=1, least=1, seed=0).items():
         if getattr(args, name, None) is not None and getattr(args, name) < least:
             p.error(f"--{name} must be {least} or more, not {getattr(args, name)}")
+    check_language(p, getattr(args, "language", None))
     return args
 
 

@@ -12,6 +12,8 @@ otherwise.
 """
 import argparse
 
+from engine.settings import check_language
+
 
 def parse_args(argv=None):
     """What to do, with which model."""
@@ -47,6 +49,7 @@ def parse_args(argv=None):
     for name in ("temperature", "max_seconds", "seed"):
         if getattr(args, name, None) is not None and not 0 <= getattr(args, name) < 2 ** 31:
             p.error(f"--{name.replace('_', '-')} must be from 0 to 2^31 - 1, not {getattr(args, name)}")
+    check_language(p, getattr(args, "language", None))
     return args
 
 
