@@ -68,9 +68,9 @@ def decode_audio(path, rate):
         info = sf.info(path)
         check_header(path, info)
         wave, original = sf.read(path, dtype="float32", always_2d=True)     # (samples, channels)
+    except DataError:
+        raise
     except (sf.LibsndfileError, OSError, TypeError, ValueError, MemoryError) as error:
-        if isinstance(error, DataError):
-            raise
         pointer = is_pointer(path)
         raise DataError(f"{path}: {pointer or f'cannot be read as audio ({error})'}") from None
     if info.format == "FLAC" and len(wave) < info.frames:       # others' numbers are estimates, or the samples' own

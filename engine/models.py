@@ -42,10 +42,10 @@ def load_pretrained(auto_class, name, flag="--model", **options):
         if not hasattr(auto_class, "_model_mapping"):
             return auto_class.from_pretrained(name, **options)
         model, found = auto_class.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
             safetensors.SafetensorError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
         files = [file for file in Path(name).glob("*") if file.is_file()]
         why = next((f"{file.name} is {is_pointer(file)}" for file in files if is_pointer(file)), reason(error))
         raise DataError(f"{flag} {name}: cannot be loaded ({why})") from None

@@ -143,8 +143,9 @@ def collate(processor, utterances, language):
     keywords = None if None in lists else [list(words) for words in lists]
     if keywords and not recogniser(processor).keywords:
         raise DataError(f"--hotwords: the prompt of a {type(processor).__name__} has no place for keywords")
+    waves = [u.waveform(rate(processor)) for u in utterances]
     try:
-        return ask(processor, [u.waveform(rate(processor)) for u in utterances], language, keywords)
+        return ask(processor, waves, language, keywords)
     except ValueError as error:
         raise DataError(f"--language {language}: the model's processor refuses it ({error})") from None
     except ImportError as error:                                                    # Voxtral's needs mistral-common

@@ -22,7 +22,7 @@ from engine import audio, speech
 from engine.audio import DataError, read_audio
 from engine.log import RunLog
 from engine.models import add_adapters, load_recogniser
-from engine.recognisers import ask, behind_an_answer
+from engine.recognisers import ask, behind_an_answer, collate
 from engine.text import language_code, normalize_text
 from rewards import asr_accuracy, asr_reward, edit_counts, hallucination, keyword_counts
 from tools import prepare, use
@@ -295,6 +295,11 @@ def test_decoded_audio_is_kept_up_to_a_number_of_bytes(monkeypatch):
     assert list(cache) == [3, 4, 5, 6, 7] and cache.held == 10_000
     cache.keep("long", np.zeros(9_000, np.float32))                     # more than there is room for
     assert cache.held <= 10_000 and "long" not in cache
+
+
+def test_a_file_that_is_gone_during_a_run_is_not_a_fault_of_the_language(recogniser, tmp_path):
+    with pytest.raises(DataError, match="^" + str(tmp_path / "gone.wav") + ": no such file"):
+        collate(recogniser[1], [data.Utterance(tmp_path / "gone.wav", "hello")], "en")
 
 
 # ---- the end of an answer --------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ from engine.sampling import generator_for, sample
 # ---- runs and models ---------------------------------------------------------------------------------------
 
 
-def saved_run(folder):
+def run_arguments(folder):
     """The arguments of the run in `folder`, from the first line of its log; None where it is no run's folder."""
     folder = Path(folder)
     if not (folder / "log.jsonl").is_file():
@@ -93,7 +93,7 @@ def saved_run(folder):
 def settings(args, kind):
     """The settings of the script behind a model of `kind` ("asr" or "tts"): its defaults, then the run's, then what is
     given here; with `adapter`, the run's, or None for a model alone. Raises DataError for a run of the other kind."""
-    saved = saved_run(args.model)
+    saved = run_arguments(args.model)
     if saved is None and args.model.startswith("runs/") and not Path(args.model).is_dir():
         raise DataError(f"{args.model}: no such folder")
     if saved and ("codec" in saved) != (kind == "tts"):
@@ -125,7 +125,7 @@ def open_model(given, kind, device):
 
 def merge(args):
     """Base and adapter as one model in OUT, and how to load it."""
-    saved, out = saved_run(args.model), Path(args.out)
+    saved, out = run_arguments(args.model), Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"--out {out}: is there already and not empty")
     if saved is None:
