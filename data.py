@@ -28,6 +28,7 @@ from engine.text import by_character, normalize_text
 EMBEDDED = Path(__file__).resolve().parent / "data"
 POOLS = {EMBEDDED / name for name in ("d0", "d1", "d2_long", "d2_short", "d3", "tts/train.jsonl")}     # to train on
 TESTS = ("short", "long", "keywords", "noise", "source")  # of the embedded test sets, in the order of the table
+SPOKEN = ("plain",)                                        # those of chapters 2 and 3
 FASTEST = 7, 14     # words, or characters, a second: no one speaks so fast
 
 
@@ -205,9 +206,9 @@ def are_ours(paths):
     return all(Path(path).resolve() in POOLS for path in paths)
 
 
-def hold_out(items, most, args):
-    """(items left, a tenth of them, at most `most`, to test on). What says the same is held together: a voice more that
-    says a sentence is no new sentence."""
+def hold_out(items, most, args, what):
+    """(items left, a tenth of them, at most `most`). What says the same is held together: a voice more that says a
+    sentence is no new sentence."""
     order = np.random.default_rng(args.seed).permutation(len(items))
     texts = [normalize_text(item.text, args.language) or i for i, item in enumerate(items)]
     rank = {}
@@ -215,7 +216,7 @@ def hold_out(items, most, args):
         rank.setdefault(texts[i], len(rank))
     order = sorted(order, key=lambda i: rank[texts[i]])
     held = min(most, max(1, len(items) // 10))
-    print(f"no --test given: {held} of {len(items)} lines of --data are held out as the test set")
+    print(f"{what}: {held} of {len(items)} lines of --data are held out")
     return [items[i] for i in order[held:]], [items[i] for i in order[:held]]
 
 
@@ -230,7 +231,7 @@ def leave_out(items, tests, args):
     found = [next((what for what, mark in marks(item).items() if (what, mark) in known), None) for item in items]
     counts, kept = Counter(filter(None, found)), [item for item, what in zip(items, found) if not what]
     if counts:
-        print(f"{counts.total()} lines of --data are in the test set too: left out of the training ("
+        print(f"{counts.total()} lines of --data are in --dev or --test too: left out of the training ("
               + ", ".join(f"{number} by {what}" for what, number in counts.items()) + ")")
     if len(kept) < args.batch:
         why = ", and --test holds the same" if counts and args.test else ", the rest says the same as what is held out"
@@ -249,15 +250,31 @@ def warn_of_haste(clips, args):
 
 
 def split_texts(args):
-    """(sentences of --data, sentences of --test). Without --test: the embedded test texts; where --data is the user's
-    own, a tenth of it (at most 100). What is tested is left out of the training."""
-    texts = [s for path in args.data for s in load_sentences(path, args.skip_bad)]
-    if args.test or are_ours(args.data):
-        tests = load_sentences(args.test or EMBEDDED / "tts" / "test", args.skip_bad)
-    else:
-        texts, tests = hold_out(texts, 100, args)
-    warn_of_haste([s for s in [*texts, *tests] if s.seconds], args)
-    return leave_out(texts, tests, args), tests
+    """(sentences of --data, those that choose the best adapter, {name: sentences to test on}), as `split_clips`."""
+    texts, dev, tests = split(args, lambda path: load_sentences(path, args.skip_bad), EMBEDDED / "tts", SPOKEN)
+    warn_of_haste([s for part in (texts, dev, *tests.values()) for s in part if s.seconds], args)
+    return texts, dev, tests
+
+
+def split(args, read, ours, names):
+    """(items of --data, of --dev, {name: items of --test}), what is in the last two left out of the first.
+
+    Without --dev and --test: the embedded ones, `ours`/dev and `ours`/test; where --data is the user's own, a tenth of
+    it each (at most 100).
+    """
+    train, tests, embedded = [item for path in args.data for item in read(path)], None, are_ours(args.data)
+    if args.test or embedded:
+        paths = [Path(path) for path in args.test or [ours / "test" / name for name in names]]
+        tests = {path.resolve().name: read(path) for path in paths}
+        if len(tests) < len(paths):
+            raise DataError("--test: two of the same name; the table could not tell them apart")
+    dev = read(args.dev or ours / "dev") if args.dev or embedded else None
+    if tests is None:
+        train, held = hold_out(train, 100, args, "no --test")
+        tests = {"held-out": held}
+    if dev is None:
+        train, dev = hold_out(train, 100, args, "no --dev")
+    return leave_out(train, [item for part in (dev, *tests.values()) for item in part], args), dev, tests
 
 
 def with_lists(utterances, pool, count, args):
@@ -278,35 +295,21 @@ def with_lists(utterances, pool, count, args):
 
 
 def split_clips(args, rate):
-    """(utterances of --data, {name: utterances} of --test, the name of the set that chooses the best adapter).
-
-    Without --test: the embedded test sets; where --data is the user's own, a tenth of it (at most 200) is held out.
-    The first set in which something is said chooses. What is tested is left out of the training.
-    """
-    def read(folder):
-        return load_folder(folder, rate, args.max_seconds, args.skip_bad)
-
-    train = [u for folder in args.data for u in read(folder)]
-    if args.test or are_ours(args.data):
-        folders = [Path(folder) for folder in args.test or [EMBEDDED / "test" / name for name in TESTS]]
-        tests = {folder.resolve().name: read(folder) for folder in folders}
-        if len(tests) < len(folders):
-            raise DataError("--test: two folders of the same name; the table could not tell them apart")
-    else:
-        train, held = hold_out(train, 200, args)
-        tests = {"held-out": held}
-    train = leave_out(train, [u for test in tests.values() for u in test], args)
-    warn_of_haste([*train, *(u for test in tests.values() for u in test)], args)
+    """(utterances of --data, those that choose the best adapter, {name: utterances of --test}), as `split`; the first
+    of --test in which something is said leads the report."""
+    train, dev, tests = split(args, lambda folder: load_folder(folder, rate, args.max_seconds, args.skip_bad), EMBEDDED,
+                              TESTS)
+    warn_of_haste([*train, *dev, *(u for test in tests.values() for u in test)], args)
     if args.hotwords is not None:
         pool = {k for u in train for k in u.keywords}
         if not pool:
             raise DataError("--hotwords needs keywords, and --data has none in its metadata.jsonl")
-        train = with_lists(train, pool, args.hotwords, args)
+        train, dev = (with_lists(part, pool, args.hotwords, args) for part in (train, dev))
         tests = {name: with_lists(test, pool, args.hotwords, args) for name, test in tests.items()}
-    spoken = [name for name in tests if any(normalize_text(u.text, args.language) for u in tests[name])]
-    if not spoken:
-        raise DataError("no test set with words in it: the best adapter is chosen by WER, which needs some")
-    return train, tests, spoken[0]
+    spoken = {name: any(normalize_text(u.text, args.language) for u in test) for name, test in tests.items()}
+    if not any(spoken.values()) or not any(normalize_text(u.text, args.language) for u in dev):
+        raise DataError(f"{'--dev' if any(spoken.values()) else '--test'}: nothing is said in it, and WER needs words")
+    return train, dev, dict(sorted(tests.items(), key=lambda test: not spoken[test[0]]))
 
 
 @functools.lru_cache(maxsize=2)

@@ -123,7 +123,7 @@ def mwer_loss(logp, mask, errors, transcript_logp, transcript_mask, weight=0.01)
 
 def train(args):
     """The whole run: set up, the seven steps of the loop, what is left behind."""
-    run, processor, clips, tests, main_test = set_up(args)
+    run, processor, clips, dev, tests = set_up(args)
     policy, eos, rewards = run.policy, end_tokens(run.policy), args.rewards.split(",")
     keywords = frozenset(k for u in clips for k in u.keywords)    # R3 watches for every keyword of the domain
     supervised = args.objective == "supervised"
@@ -174,9 +174,9 @@ def train(args):
                    f"KL {row['kl']:.3f}", transcripts_row(reward, scored, clip_of, texts))
         if run.due():
             with run.phase("evaluate"):
-                wer = evaluate(policy, processor, tests[main_test], args)[1]["wer"]
-            run.evaluated(wer, f"{main_test} WER {percent(wer)}", set=main_test)
-    finish(run, processor, tests, main_test)
+                wer = evaluate(policy, processor, dev, args)[1]["wer"]
+            run.evaluated(wer, f"dev WER {percent(wer)}")
+    finish(run, processor, tests)
 
 
 # ---- set up ----------------------------------------------------------------------------------------------------
@@ -191,24 +191,25 @@ def load(args, device):
 
 
 def set_up(args):
-    """The run, with its state before any step or the one to resume from; processor, clips, test sets, which chooses."""
+    """The run, with its state before any step or the one to resume from; processor; clips to train on, to choose by and
+    to test on."""
     device = pick_device(args.device)
     quiet()
     processor, policy = load(args, device)
-    clips, tests, main_test = split_clips(args, rate(processor))
+    clips, dev, tests = split_clips(args, rate(processor))
     if "R3" in args.rewards and not any(u.keywords for u in clips):
         raise DataError("--rewards R3 needs keywords, and --data has none in its metadata.jsonl")
-    print_start(policy, f"{len(clips)} clips, {sum(u.seconds for u in clips):.0f} s", tests)
+    print_start(policy, f"{len(clips)} clips, {sum(u.seconds for u in clips):.0f} s", dev, tests)
     order = batch_indices(0, len(clips), len(clips), args.seed)
     check(policy, processor, [clips[i] for i in order], args)
     run = Run("grpo_asr", args, policy)
     if not args.resume:
         with run.phase("evaluate"):
             run.state["before"] = {name: evaluate(policy, processor, tests[name], args) for name in tests}
-        wer = run.state["before"][main_test][1]["wer"]
-        run.begin(wer, set=main_test)
-        print(f"step 0: {main_test} WER {percent(wer)}")
-    return run, processor, clips, tests, main_test
+            wer = evaluate(policy, processor, dev, args)[1]["wer"]
+        run.begin(wer)
+        print(f"step 0: dev WER {percent(wer)}")
+    return run, processor, clips, dev, tests
 
 
 def check(policy, processor, clips, args):
@@ -292,12 +293,12 @@ def policy_figures(rollout, logp, ref_logp, clip):
             "clipped": mean(((logp - rollout.logp).exp() - 1).abs() > clip)}
 
 
-def finish(run, processor, tests, main_test):
+def finish(run, processor, tests):
     """Evaluates the best adapter on every test set; table, transcripts, times, summary.json."""
     load_adapter(run.policy, run.folder / "adapter")
     with run.phase("evaluate"):
         after = {name: evaluate(run.policy, processor, tests[name], run.args) for name in tests}
-    before = run.state["before"]
+    before, main_test = run.state["before"], next(iter(tests))
     metrics = {name: {"before": before[name][1], "after": after[name][1]} for name in tests}
     was, now = (metrics[main_test][when]["wer"] for when in ("before", "after"))
     told = run.summary(f"{main_test} WER, greedy, best adapter", was, now, metrics)

@@ -35,11 +35,12 @@ def rollout_figures(rollout, phase):
             "entropy": float(rollout.entropy[rollout.mask].mean())}
 
 
-def print_start(policy, trained, tests):
-    """One line on what is about to happen: what is trained on, as `trained` says, what is tested, what is adapted."""
+def print_start(policy, trained, dev, tests):
+    """One line on what is about to happen: what is trained on, as `trained` says, how many items choose the best
+    adapter, what is tested, what is adapted."""
     what, sets = adapted(policy), ", ".join(f"{name} ({len(test)})" for name, test in tests.items())
-    print(f"trains on {trained}; tests on {sets}; adapts {what['layers']} layers ({what['trained'] / 1e6:.2f} of "
-          f"{what['weights'] / 1e6:.1f} M weights)")
+    print(f"trains on {trained}; chooses by {len(dev)}, tests on {sets}; adapts {what['layers']} layers "
+          f"({what['trained'] / 1e6:.2f} of {what['weights'] / 1e6:.1f} M weights)")
 
 
 def print_table(metrics):
@@ -51,14 +52,16 @@ def print_table(metrics):
         print(f"{name:10}" + "".join(f"{cell:>15}" for cell in cells))
 
 
-def print_tts_table(before, after):
-    """The figures of the test set of a speaking model, before -> after; percent where the title says so."""
-    print(f"\n{'':28}{'before':>8}{'after':>9}")
+def print_tts_table(metrics):
+    """{test set: figures before and after} of a speaking model, side by side; percent where the title says so."""
+    print(f"\n{'':28}" + "".join(f"{name:>11}{'':9}" for name in metrics))
+    print(f"{'':28}" + "".join(f"{'before':>8}{'after':>9}   " for _ in metrics))
     for column, (title, scale) in TTS_ROWS.items():
-        if column not in after:              # only chapter 3 has a reward model that reads
+        if any(column not in m["after"] for m in metrics.values()):     # only chapter 3 has a reward model that reads
             continue
-        was, now = (f"{scale * m[column]:.{1 if scale > 1 else 3}f}" for m in (before, after))
-        print(f"{title:28}{was:>8} ->{now:>8}")
+        cells = [[f"{scale * m[when][column]:.{1 if scale > 1 else 3}f}" for when in ("before", "after")]
+                 for m in metrics.values()]
+        print(f"{title:28}" + "".join(f"{was:>8} ->{now:>6}   " for was, now in cells))
 
 
 def print_transcripts(texts, before, after, language, count=5):

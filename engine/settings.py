@@ -25,8 +25,10 @@ def parse_asr(argv=None, about=None):
     add_policy(g, "checkpoints/asr", "the recogniser")
     g = p.add_argument_group("data and rewards")
     g.add_argument("--data", nargs="+", default=["data/d0"], metavar="DIR", help="train on these (default: data/d0)")
-    g.add_argument("--test", nargs="+", metavar="DIR", help="folders to test on; the first in which something is said "
-                   "chooses the best adapter (default: data/test/*, by short; a tenth of --data where that is given)")
+    g.add_argument("--dev", metavar="DIR", help="chooses the best adapter and is not reported (default: data/dev; a "
+                   "tenth of --data where that is given)")
+    g.add_argument("--test", nargs="+", metavar="DIR", help="to test on (default: data/test/*; a tenth of --data where "
+                   "that is given)")
     g.add_argument("--language", default="en", help="of the prompt, the normaliser and the rules (default: en)")
     g.add_argument("--rewards", default="R1", help="R1 accuracy, R2 hallucination, R3 keywords (default: R1)")
     g.add_argument("--hotwords", type=int, metavar="N", help="put a list into each prompt: the clip's own keywords and "
@@ -60,8 +62,10 @@ def parse_speech(argv=None, about=None, diffro=False):
     g = p.add_argument_group("data and rewards")
     g.add_argument("--data", nargs="+", default=["data/tts/train.jsonl"], metavar="FILE",
                    help="texts: a line each, or a metadata.jsonl or its folder (default: data/tts/train.jsonl)")
-    g.add_argument("--test", metavar="FILE", help="other texts, to test on, with recordings where there are any "
-                   "(default: data/tts/test; a tenth of --data where that is given)")
+    g.add_argument("--dev", metavar="FILE", help="other texts, to choose the best adapter by; not reported (default: "
+                   "data/tts/dev; a tenth of --data where that is given)")
+    g.add_argument("--test", nargs="+", metavar="FILE", help="others to test on, with recordings where there are any "
+                   "(default: data/tts/test/*; a tenth of --data where that is given)")
     g.add_argument("--voices", default="data/tts/voices", metavar="DIR",
                    help="recordings, with their texts, of the voices to speak in (default: data/tts/voices)")
     g.add_argument("--language", default="en", help="of the judges and the normaliser (default: en)")

@@ -46,9 +46,9 @@ class Studio:
     token2text: Token2Text | None   # DiffRO's reward, and R1 with --judge token2text
     code: torch.Tensor              # (V,) the codec's code of every token of the LLM, -1 where it is not speech
     voices: list
-    tests: list                     # sentences
-    due: list = None                # tokens that each test sentence should take
-    before: tuple = None            # what `evaluate` gave before any step
+    dev: list                       # sentences that choose the best adapter
+    tests: dict                     # {name: sentences to test on}
+    before: dict = None             # {name: what `evaluate` gave before any step}
 
     @property
     def end(self):
@@ -238,30 +238,29 @@ def set_up(args, name):
     token2text = Token2Text(args.token2text, device, codec.count) if tokens or "method" in args else None
     code = speech_tokens(tokenizer, codec, policy.config.vocab_size)
     voices = load_voices(args, codec, judges[-1])
-    texts, tests = (cast(sentences, voices) for sentences in split_texts(args))
-    tests = tests * args.eval_samples
+    texts, dev, tests = split_texts(args)
+    texts, dev = cast(texts, voices), cast(dev, voices) * args.eval_samples
+    tests = {name: cast(test, voices) * args.eval_samples for name, test in tests.items()}
     if getattr(args, "teach", "rollout") == "recording":
         if not all(t.codes for t in texts):
             raise DataError('--teach recording needs the recordings as "tokens" in the metadata.jsonl of --data')
         if (most := max(max(t.codes) for t in texts)) >= codec.count:
             raise DataError(f'--teach recording: --data has token {most}, and --codec knows {codec.count}: not of this '
                             "codec")
-    studio = Studio(args, tokenizer, policy, codec, *judges, token2text, code, voices, tests)
-    check_lengths(policy, tokenizer, texts + tests, voices, studio.limit, codec)
-    print_start(policy, f"{len(texts)} texts in {len(voices)} voices", {"texts": tests})
+    studio = Studio(args, tokenizer, policy, codec, *judges, token2text, code, voices, dev, tests)
+    everything = sum(tests.values(), texts + dev)
+    check_lengths(policy, tokenizer, everything, voices, studio.limit, codec)
+    print_start(policy, f"{len(texts)} texts in {len(voices)} voices", dev, tests)
     check(studio, texts)
     run = Run(name, args, policy)
-    studio.due = [s.seconds * codec.tokens_per_s for s in tests]
+    if not all(s.seconds for test in (dev, *tests.values()) for s in test):
+        print("not every test text has a recording: lengths are compared with those before training")
     with run.phase("evaluate"), reference(policy):
-        if not all(studio.due):
-            print("not every test text has a recording: lengths are compared with those before training")
-            studio.due = None
-        studio.before = evaluate(studio)
-        studio.due = studio.due or [len(s.codes) for s in studio.before[0]]
-    figures = studio.before[1]
+        studio.before = {name: evaluate(studio, test) for name, test in {"dev": dev, **tests}.items()}
+    figures = studio.before["dev"][1]
     if not args.resume:
         run.begin(figures["wer"], eval=figures)
-    print(f"{'before any step' if args.resume else 'step 0'}: WER by the second judge {percent(figures['wer'])}, "
+    print(f"{'before any step' if args.resume else 'step 0'}: dev WER by the second judge {percent(figures['wer'])}, "
           f"similarity {figures['similarity']:.3f}")
     return run, studio, texts
 
@@ -278,13 +277,13 @@ def check(studio, texts):
 
 # ---- evaluation --------------------------------------------------------------------------------------------------
 
-def evaluate(studio):
+def evaluate(studio, tests, before=None):
     """One sample at the training temperature of every test sentence: (Speech records, figures).
 
     The seed is always the same, so that before and after, and all runs, differ in the weights alone. Lengths are
-    compared with `studio.due`, in tokens; None = with themselves.
+    compared with the recordings', or, where one is missing, with those of the records `before` training.
     """
-    args, codec, tests, speech = studio.args, studio.codec, studio.tests, []
+    args, codec, speech = studio.args, studio.codec, []
     for start in range(0, len(tests), EVAL_BATCH):
         batch = tests[start:start + EVAL_BATCH]
         rollout = sample(studio.policy, studio.prompts(batch), 1, studio.limit, studio.end, args.temperature,
@@ -297,8 +296,10 @@ def evaluate(studio):
         raise DataError(f"--second-judge {args.second_judge}: failed on every test sentence")
     alike = studio.speaker.embed([s.wave for s in speech]) @ torch.stack([v.vector for v in studio.voices]).T
     similarity = alike[range(len(tests)), [studio.voices.index(s.voice) for s in tests]]                   # (N,)
-    figures = tts_metrics(speech, similarity.tolist(), studio.due or [len(s.codes) for s in speech], codec.tokens_per_s,
-                          codec.rate, args.language, studio.policy.device)
+    due = [s.seconds * codec.tokens_per_s for s in tests]
+    due = due if all(due) else [len(s.codes) for s in before or speech]
+    figures = tts_metrics(speech, similarity.tolist(), due, codec.tokens_per_s, codec.rate, args.language,
+                          studio.policy.device)
     if studio.token2text:  # DiffRO's reward reads the same samples: a gap to the second judge that opens is hacking
         own = asr_metrics([s.text for s in tests], studio.token2text.read([s.codes for s in speech]), (), args.language)
         figures["token2text_wer"] = own["wer"]
@@ -308,8 +309,8 @@ def evaluate(studio):
 def evaluate_step(run, studio):
     """The evaluation after a step, into the log; the best adapter by the second judge's WER is kept."""
     with run.phase("evaluate"):
-        figures = evaluate(studio)[1]
-    run.evaluated(figures["wer"], f"WER by the second judge {percent(figures['wer'])}, similarity "
+        figures = evaluate(studio, studio.dev, studio.before["dev"][0])[1]
+    run.evaluated(figures["wer"], f"dev WER by the second judge {percent(figures['wer'])}, similarity "
                   f"{figures['similarity']:.3f}, length {figures['length_ratio']:.2f}", eval=figures)
 
 
@@ -334,17 +335,20 @@ def finish(run, studio, listened=10):
     """Evaluates the best adapter; table, transcripts, times, the page to listen to, summary.json."""
     load_adapter(run.policy, run.folder / "adapter")
     with run.phase("evaluate"):
-        after = evaluate(studio)
+        after = {name: evaluate(studio, test, studio.before[name][0]) for name, test in studio.tests.items()}
     before, language = studio.before, studio.args.language
-    told = run.summary("WER by the second judge, sampled, best adapter", before[1]["wer"], after[1]["wer"],
-                       {"before": before[1], "after": after[1]})
-    print_tts_table(before[1], after[1])
-    heard = [[s.heard or "" for s in found[0]] for found in (before, after)]
-    print_transcripts([s.text for s in before[0]], *heard, language)
+    metrics = {name: {"before": before[name][1], "after": after[name][1]} for name in after}
+    first = next(iter(after))
+    was, now = (metrics[first][when]["wer"] for when in ("before", "after"))
+    told = run.summary(f"{first} WER by the second judge, sampled, best adapter", was, now, metrics)
+    print_tts_table(metrics)
+    heard = [[s.heard or "" for s in found[first][0]] for found in (before, after)]
+    print_transcripts([s.text for s in before[first][0]], *heard, language)
     print_times(run.phase, run.state["step"])
     rows = [{"text": b.text, "voice": s.voice.name, "before": {"wave": b.wave, "heard": b.heard or ""},
              "after": {"wave": a.wave, "heard": a.heard or ""}}
-            for s, b, a in list(zip(studio.tests, before[0], after[0]))[:listened]]
+            for name in after for s, b, a in list(zip(
+                studio.tests[name], before[name][0], after[name][0]))[:listened // len(after)]]
     title = f"Before and after {run.state['best_step']} steps"
     with run.log.writing():
         page = write_page(run.folder / "samples", rows, studio.codec.rate, title, language)

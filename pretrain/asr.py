@@ -362,7 +362,8 @@ def plan_sets(seed):
     plan["d2_short"] = domain(texts(400))  # candidates: the 150 shortest are kept
     plan["d2_long"] = domain(texts(200, length=(2, 4)))
     plan["d3"] = domain(texts(400, "keywords"))
-    plan["d1"] += domain(texts(400))  # last, so that the other sets stay what they are
+    plan["d1"] += domain(texts(400))  # behind the others, so that they stay what they are
+    plan["dev"] = domain(texts(100))
     return plan
 
 

@@ -396,12 +396,12 @@ def check_tts(args, count=128):
 # ---- texts, voices and tests of chapters 2 and 3 ----------------------------------------------------------
 
 def build_texts(args):
-    """Writes data/tts/: train.jsonl (sentences for RL, with a recording's speech tokens), test/ (others, with their
-    recordings) and voices/ (a short reference recording of every voice). No sentence stands in two of them, or in
-    supervised training."""
+    """Writes data/tts/: train.jsonl (sentences for RL, with a recording's speech tokens), dev/ and test/plain/ (others,
+    with their recordings, to choose by and to test on) and voices/ (a short reference recording of every voice). No
+    sentence stands in two of them, or in supervised training."""
     rng, taken = np.random.default_rng([args.seed, 17]), set()
     short = sorted([t for t, _ in corpus.unique_sentences(rng, 400, taken)], key=len)[:len(TTS_VOICES)]
-    train, test = ([t for t, _ in corpus.unique_sentences(rng, n, taken)] for n in (400, 100))
+    train, test, dev = ([t for t, _ in corpus.unique_sentences(rng, n, taken)] for n in (400, 100, 60))
     (DATA / "tts").mkdir(parents=True, exist_ok=True)
     spoken = [(TTS_VOICES[i % len(TTS_VOICES)], say((text, TTS_VOICES[i % len(TTS_VOICES)], i)))
               for i, text in enumerate(train)]
@@ -410,12 +410,12 @@ def build_texts(args):
     with open(DATA / "tts" / "train.jsonl", "w", encoding="utf-8") as out:
         for text, (voice, _), row in zip(train, spoken, codes):
             out.write(json.dumps({"text": text, "voice": voice[1], "tokens": row.tolist()}) + "\n")
-    for name, texts in (("voices", short), ("test", test)):
+    for name, texts in (("voices", short), ("dev", dev), ("test/plain", test)):
         rows = [(text, text, corpus.keywords_in(text), TTS_VOICES[i % len(TTS_VOICES)], None, "", i)
                 for i, text in enumerate(texts)]
         waves = [say((row[0], row[3], row[6])).astype(np.float32) / 32768 for row in rows]
         corpus.write_set(DATA / "tts" / name, rows, waves)
-    print(f"texts: {len(train)} sentences for RL, {len(test)} for testing, {len(short)} voices")
+    print(f"texts: {len(train)} sentences for RL, {len(dev)} to choose by, {len(test)} to test on; {len(short)} voices")
 
 
 # ---- Token2Text --------------------------------------------------------------------------------------------

@@ -80,13 +80,14 @@ def speaking():
     quiet()
     tokenizer, policy = speech.load(args, CPU)
     codec, *judges = speech.load_judges(args, CPU)
-    recordings = [u.waveform(codec.rate) for u in first(10, "data/tts/test")]
+    recordings = [u.waveform(codec.rate) for u in first(10, "data/tts/test/plain")]
     codes = codec.encode(recordings)                            # before the encoder is dropped
     voices = speech.load_voices(args, codec, judges[-1])
-    tests = speech.cast(load_sentences("data/tts/test")[:4][::-1], voices)
+    tests = speech.cast(load_sentences("data/tts/test/plain")[:4][::-1], voices)
     move_adapters(policy, 0.003)
     code = speech.speech_tokens(tokenizer, codec, policy.config.vocab_size)
-    return speech.Studio(args, tokenizer, policy, codec, *judges, None, code, voices, tests), recordings, codes
+    return speech.Studio(args, tokenizer, policy, codec, *judges, None, code, voices, tests,
+                         {"plain": tests}), recordings, codes
 
 
 @pytest.fixture

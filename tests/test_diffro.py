@@ -178,13 +178,13 @@ def test_a_toy_policy_reaches_the_optimum_in_50_steps():
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("texts") / "test.txt"
-    path.write_text(load_sentences("data/tts/test")[0].text)
+    path.write_text(load_sentences("data/tts/test/plain")[0].text)
     return path
 
 
 def run(out, text, *flags):
-    diffro_tts.main(["--device", "cpu", "--test", str(text), "--out", str(out), "--batch", "2", "--group", "4",
-                     "--micro", "4", "--max-seconds", "1.6", "--eval-every", "0", *flags])
+    diffro_tts.main(["--device", "cpu", "--dev", str(text), "--test", str(text), "--out", str(out), "--batch", "2",
+                     "--group", "4", "--micro", "4", "--max-seconds", "1.6", "--eval-every", "0", *flags])
     return rows_of(out)
 
 
@@ -200,7 +200,7 @@ def test_diffro_alone_needs_no_waveform_and_no_group_and_resume_equals_the_unbro
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[1]["kl"] > 0
     assert "decode" not in rows[0]["seconds"] and "reward" not in rows[0]["seconds"]
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text(encoding="utf-8"))
-    assert summary["test"]["after"]["token2text_wer"] is not None            # its own word, beside the second judge's
+    assert summary["test"]["test.txt"]["after"]["token2text_wer"] is not None  # its own word, beside the second judge's
     run(tmp_path / "parts", text, "--steps", "1", "--group", "1", "--max-seconds", "1")
     diffro_tts.main(["--resume", str(tmp_path / "parts"), "--steps", "2"])
     a, b = (torch.load(tmp_path / f / "state.pt", weights_only=True)["adapter"] for f in ("whole", "parts"))

@@ -16,7 +16,7 @@ from engine.recognisers import collate
 from engine.sampling import sample
 from engine.text import normalize_text
 
-TEXTS = [s.text for s in load_sentences("data/tts/test")[:3]]
+TEXTS = [s.text for s in load_sentences("data/tts/test/plain")[:3]]
 
 
 class Spy:
@@ -131,7 +131,8 @@ def few(tmp_path_factory):
 def test_the_step_of_chapter_1_is_that_of_the_paper(few, tmp_path, monkeypatch, beta, kl):
     spy = Spy(monkeypatch, grpo_asr)
     grpo_asr.main([*SMALL, "--group", "4", "--micro", "2", "--beta", str(beta), "--clip", "0.1", "--temperature", "1.6",
-                   "--kl", kl,                   "--test", str(few / "clips"), "--out", str(tmp_path / "run")])
+                   "--kl", kl, "--dev", str(few / "clips"), "--test", str(few / "clips"), "--out",
+                   str(tmp_path / "run")])
     spy.move()
     run, processor, clips, *_ = spy.made
     assert spy.seeds == [1_000_003 * 3, 1_000_003 * 3 + 1]                          # new noise every step
@@ -165,7 +166,8 @@ def speech_step(few, out, monkeypatch, chapter, *flags):
     """One step of a chapter whose judge hears HEARD; (spy, prompts of both texts alone, the texts)."""
     spy = Spy(monkeypatch, chapter, None if "diffro" in flags else HEARD)              # alone it has no judge
     chapter.main([*SMALL, "--steps", "1", "--group", "4", "--micro", "2", "--max-seconds", "2", "--clip", "0.1",
-                  "--temperature", "1.3", "--test", str(few / "texts.txt"), "--out", str(out), *flags])
+                  "--temperature", "1.3", "--dev", str(few / "texts.txt"), "--test", str(few / "texts.txt"), "--out",
+                  str(out), *flags])
     spy.move()
     run, studio, texts = spy.made
     batch = [texts[i] for i in grpo_asr.batch_indices(0, len(texts), 2, 3)]
@@ -255,15 +257,38 @@ def test_the_best_adapter_is_what_is_evaluated_in_the_end(few, tmp_path, monkeyp
         test, rewards = few / "clips", ["--temperature", "1.6"]
     else:
         evaluate = engine.speech.evaluate
-        monkeypatch.setattr(engine.speech, "evaluate", lambda studio: (
-            lambda speech, metrics: (speech, metrics | {"wer": figures(studio.policy)}))(*evaluate(studio)))
+        monkeypatch.setattr(engine.speech, "evaluate", lambda studio, *given: (
+            lambda speech, metrics: (speech, metrics | {"wer": figures(studio.policy)}))(*evaluate(studio, *given)))
         test, rewards = few / "texts.txt", ["--rewards", "R1,R2"]
     out = tmp_path / "run"
-    chapter.main([*SMALL, "--eval-every", "1", "--group", "4", "--micro", "8", "--test", str(test), "--out", str(out),
-                  *flags, *rewards])
+    chapter.main([*SMALL, "--eval-every", "1", "--group", "4", "--micro", "8", "--dev", str(test), "--test", str(test),
+                  "--out", str(out), *flags, *rewards])
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     found = {name: summary[name] for name in ("before", "after", "best", "best_step", "last", "steps")}
     assert found == {"before": 0.5, "after": 0.2, "best": 0.2, "best_step": 1, "last": 0.4, "steps": 2}
+
+
+@pytest.mark.parametrize("chapter", [grpo_asr, grpo_tts, diffro_tts])
+def test_dev_chooses_the_adapter_and_is_in_no_table(few, tmp_path, monkeypatch, chapter):
+    """WER 0.5, 0.2 and 0.4 on dev, one sentence; 0.9 and 0.8 on the test set, two: the sets' sizes tell them apart."""
+    dev, test, module = iter([0.5, 0.2, 0.4]), iter([0.9, 0.8]), grpo_asr if chapter is grpo_asr else engine.speech
+    evaluate, which = module.evaluate, 2 if chapter is grpo_asr else 1
+    monkeypatch.setattr(module, "evaluate", lambda *given: (lambda told, metrics: (told, metrics | {
+        "wer": next(dev if len(given[which]) == 1 else test)}))(*evaluate(*given)))
+    if chapter is grpo_asr:
+        rows = (few / "clips/metadata.jsonl").read_text().splitlines()
+        (tmp_path / "one").mkdir()
+        (tmp_path / "one/metadata.jsonl").write_text(rows[0] + "\n")
+        sets = ["--dev", str(tmp_path / "one"), "--test", str(few / "clips")]
+    else:
+        for name, texts in (("one.txt", TEXTS[:1]), ("two.txt", TEXTS[1:])):
+            (tmp_path / name).write_text("\n".join(texts))
+        sets = ["--dev", str(tmp_path / "one.txt"), "--test", str(tmp_path / "two.txt"), "--max-seconds", "1"]
+    chapter.main([*SMALL, "--eval-every", "1", "--group", "2", *sets, "--out", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))
+    found = {name: summary[name] for name in ("before", "after", "best", "best_step", "last")}
+    assert found == {"before": 0.9, "after": 0.8, "best": 0.2, "best_step": 1, "last": 0.4}
+    assert list(summary["test"]) == ["clips" if chapter is grpo_asr else "two.txt"]
 
 
 def test_what_is_reported_is_what_the_second_judge_hears(few, tmp_path, monkeypatch):
@@ -277,8 +302,8 @@ def test_what_is_reported_is_what_the_second_judge_hears(few, tmp_path, monkeypa
         return codec, judge, second, speaker
 
     monkeypatch.setattr(engine.speech, "load_judges", scripted)
-    grpo_tts.main([*SMALL, "--steps", "0", "--max-seconds", "1", "--test", str(few / "texts.txt"), "--out",
-                   str(tmp_path / "run")])
+    grpo_tts.main([*SMALL, "--steps", "0", "--max-seconds", "1", "--dev", str(few / "texts.txt"), "--test",
+                   str(few / "texts.txt"), "--out", str(tmp_path / "run")])
     summary = json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))
     assert summary["before"] == summary["after"] == pytest.approx(jiwer.wer(TEXTS, [TEXTS[0]] * 3), abs=1e-5)
     assert summary["before"] > 0.3
@@ -288,10 +313,11 @@ def test_what_is_held_out_is_not_trained_on(tmp_path, capsys):
     clips = load_folder("data/d0")[:30]
     (tmp_path / "metadata.jsonl").write_text("\n".join(
         json.dumps({"file_name": str(u.path.resolve()), "text": u.text}) for u in clips))
-    train, tests, chooses = split_clips(grpo_asr.parse_args(["--data", str(tmp_path)]), 16_000)
-    held = {u.path for u in tests[chooses]}
-    assert chooses == "held-out" and len(held) == 3 and len(train) == 27 and not held & {u.path for u in train}
+    train, dev, tests = split_clips(grpo_asr.parse_args(["--data", str(tmp_path)]), 16_000)
+    parts = [{u.path for u in part} for part in (train, dev, tests["held-out"])]
+    assert list(map(len, parts)) == [25, 2, 3] and len(set.union(*parts)) == 30
     (tmp_path / "texts.txt").write_text("\n".join(f"text number {i}" for i in range(40)))
-    texts, held = split_texts(grpo_tts.parse_args(["--data", str(tmp_path / "texts.txt")]))
-    assert len(held) == 4 and len({s.text for s in texts} | {s.text for s in held}) == len(texts) + len(held) == 40
-    assert capsys.readouterr().out.count("held out") == 2
+    texts, dev, tests = split_texts(grpo_tts.parse_args(["--data", str(tmp_path / "texts.txt")]))
+    parts = [{s.text for s in part} for part in (texts, dev, tests["held-out"])]
+    assert list(map(len, parts)) == [33, 3, 4] and len(set.union(*parts)) == 40
+    assert capsys.readouterr().out.count("held out") == 4

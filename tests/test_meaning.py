@@ -57,11 +57,11 @@ def clips_args(*flags, batch=2):
 
 def test_a_users_folder_under_data_is_his_own(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "EMBEDDED", tmp_path)                     # as if tmp_path were the repository's data/
-    train, tests, chooses = split_clips(clips_args("--data", many(tmp_path / "mine", 20)), RATE)
-    assert chooses == "held-out" and len(tests["held-out"]) == 2 and len(train) == 18
+    train, dev, tests = split_clips(clips_args("--data", many(tmp_path / "mine", 20)), RATE)
+    assert len(tests["held-out"]) == 2 and len(dev) == 1 and len(train) == 17
     (tmp_path / "texts.txt").write_text("\n".join(f"{i} birds sang" for i in range(20)))
-    texts, held = split_texts(grpo_tts.parse_args(["--data", str(tmp_path / "texts.txt")]))
-    assert len(held) == 2 and len(texts) == 18
+    texts, dev, tests = split_texts(grpo_tts.parse_args(["--data", str(tmp_path / "texts.txt")]))
+    assert len(tests["held-out"]) == 2 and len(dev) == 1 and len(texts) == 17
 
 
 def test_an_embedded_pool_is_known_by_any_spelling_of_its_path():
@@ -167,46 +167,49 @@ def test_a_folder_with_another_table_says_so(tmp_path):
 
 # ---- tested and trained on -------------------------------------------------------------------------------------
 
-def test_what_is_tested_is_left_out_by_path_by_sound_and_by_text(tmp_path, capsys):
-    test = many(tmp_path / "test", 3)
+@pytest.mark.parametrize("first, second", [("--dev", "--test"), ("--test", "--dev")])
+def test_what_is_tested_or_chooses_is_left_out_by_path_by_sound_and_by_text(tmp_path, capsys, first, second):
+    test, other = many(tmp_path / "test", 3), folder_of(tmp_path / "other", ("o.wav", "nothing like it", 99, {}))
     rows = [(f"{i}.wav", f"{i} cats slept", 50 + i, {}) for i in range(4)]
     mine = folder_of(tmp_path / "mine", *rows, ("copy.wav", "another text", 0, {}),            # the sound of 0.wav
                      ("voice.wav", "One birds, sang in the TREE!", 90, {}),                    # 1.wav's
                      (str(test / "2.wav"), "relabelled", 2, {}))
-    train, *_ = split_clips(clips_args("--data", mine, "--test", test), RATE)
+    train, *_ = split_clips(clips_args("--data", mine, first, test, second, other), RATE)
     assert [u.text for u in train] == [row[1] for row in rows]
-    assert "3 lines of --data are in the test set too: left out of the training (1 by sound, 1 by text, 1 by file)" in (
-        capsys.readouterr().out)
+    told = "3 lines of --data are in --dev or --test too: left out of the training (1 by sound, 1 by text, 1 by file)"
+    assert told in capsys.readouterr().out
 
 
 def test_a_clip_that_is_twice_there_is_not_trained_on_and_tested(tmp_path):
     once = many(tmp_path / "once", 20)
     for flags in (["--data", once, once], ["--data", once, many(tmp_path / "overlap", 12)]):
-        train, tests, _ = split_clips(clips_args(*flags), RATE)
-        held = {u.text for u in tests["held-out"]}
-        assert held and not held & {u.text for u in train} and len(train) >= 18
-        assert not {u.sound for u in tests["held-out"]} & {u.sound for u in train}
+        train, dev, tests = split_clips(clips_args(*flags), RATE)
+        for held in (dev, tests["held-out"]):
+            assert held and not {u.text for u in held} & {u.text for u in train} and len(train) >= 16
+            assert not {u.sound for u in held} & {u.sound for u in train}
+        assert not {u.sound for u in dev} & {u.sound for u in tests["held-out"]}
 
 
 def test_a_sentence_by_several_voices_is_on_one_side(tmp_path):
     mine = folder_of(tmp_path / "mine", *((f"{i}.wav", f"sentence number {i % 5}", i, {}) for i in range(40)))
-    train, tests, _ = split_clips(clips_args("--data", mine), RATE)
-    assert len(tests["held-out"]) == 4 and len({u.text for u in tests["held-out"]}) == 1 and len(train) == 32
+    train, dev, tests = split_clips(clips_args("--data", mine), RATE)
+    assert len(tests["held-out"]) == 4 and len({u.text for u in tests["held-out"]}) == 1 and len(train) == 24
+    assert len({u.text for u in train} & {u.text for u in dev}) == 0
     same = folder_of(tmp_path / "same", *((f"{i}.wav", "always this", i, {}) for i in range(20)))
-    with pytest.raises(DataError, match="0 of 18 lines of --data to train on.*the rest says the same"):
+    with pytest.raises(DataError, match="0 of 17 lines of --data to train on.*the rest says the same"):
         split_clips(clips_args("--data", same), RATE)
 
 
 def test_training_on_the_test_set_itself_is_refused(tmp_path):
     mine = many(tmp_path / "mine", 10)
     with pytest.raises(DataError, match="0 of 10 lines of --data to train on, fewer than --batch 2, and --test holds"):
-        split_clips(clips_args("--data", mine, "--test", mine), RATE)
+        split_clips(clips_args("--data", mine, "--dev", mine, "--test", mine), RATE)
 
 
 def test_clips_without_words_are_no_same_text(tmp_path):
     mine = folder_of(tmp_path / "mine", *((f"{i}.wav", "" if i % 2 else f"{i} dogs", i, {}) for i in range(40)))
-    train, tests, _ = split_clips(clips_args("--data", mine), RATE)
-    assert len(train) == 36 and len(tests["held-out"]) == 4
+    train, dev, tests = split_clips(clips_args("--data", mine), RATE)
+    assert len(train) == 33 and len(dev) == 3 and len(tests["held-out"]) == 4
 
 
 # ---- a finished run --------------------------------------------------------------------------------------------
@@ -571,6 +574,7 @@ def test_a_run_says_what_it_will_train_hold_out_and_adapt(tmp_path, capsys, monk
     said = capsys.readouterr().out
     assert "2 of 20 lines of --data are held out" in said
     line = next(line for line in said.splitlines() if line.startswith("trains on"))
-    assert line.startswith("trains on 18 clips, ") and "tests on held-out (2); adapts 28 layers (0." in line
+    assert line.startswith("trains on 17 clips, ")
+    assert "chooses by 1, tests on held-out (2); adapts 28 layers (0." in line
     header = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])
     assert header["layers"] == 28 and header["script"] == "grpo_asr"

@@ -93,8 +93,9 @@ def test_phonemes_keep_stress_and_punctuation():
 def test_two_steps_of_the_script_then_merge(models, spelt, tmp_path, capsys):
     texts = tmp_path / "texts.txt"
     texts.write_text("anna met peter in rome\n")
-    flags = ["--device", "cpu", "--model", models[0], "--codec", models[1], "--test", texts, "--batch", "2", "--group",
-             "2", "--micro", "2", "--max-seconds", "2", "--steps", "2", "--out", tmp_path / "run", "--lr", "1e-2"]
+    flags = ["--device", "cpu", "--model", models[0], "--codec", models[1], "--dev", texts, "--test", texts, "--batch",
+             "2", "--group", "2", "--micro", "2", "--max-seconds", "2", "--steps", "2", "--out", tmp_path / "run",
+             "--lr", "1e-2"]
     grpo_tts.main([*map(str, flags), "--rewards", "R1,R3"])
     said = capsys.readouterr().out
     assert "check: |ratio - 1|" in said and "log pi_ref| 0.0e+00" in said and "in 2 steps" in said

@@ -132,7 +132,7 @@ def names(tmp_path_factory):
 
 def trained(names, out, *flags):
     grpo_asr.main(["--device", "cpu", "--steps", "1", "--batch", "2", "--group", "4", "--eval-every", "0", "--data",
-                   "data/d1", "--test", names, "--out", str(out), "--temperature", "1.6", *flags])
+                   "data/d1", "--dev", names, "--test", names, "--out", str(out), "--temperature", "1.6", *flags])
     return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -249,8 +249,9 @@ def test_r1_by_tokens_makes_no_waveform_and_asks_no_judge(loaded_once, tmp_path,
     decode = Codec.decode
     monkeypatch.setattr(Codec, "decode", lambda codec, codes: decoded.append(len(codes)) or decode(codec, codes))
     grpo_tts.main(["--device", "cpu", "--steps", "1", "--batch", "2", "--group", "4", "--judge", "token2text", *seconds,
-                   "--test", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "run")])
-    assert decoded == [1, 1, 1]                                                     # the evaluations' one test text
+                   "--dev", str(tmp_path / "texts.txt"), "--test", str(tmp_path / "texts.txt"), "--out",
+                   str(tmp_path / "run")])
+    assert decoded == [1, 1, 1, 1]                          # the evaluations' one text, before and after, dev and test
     row = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()][2]
     assert row["reward_std"] > 0 and row["grad_norm"] > 0 and row["judge_failed"] == 0
 

@@ -227,7 +227,9 @@ def test_quick_is_small_on_two_clips_of_every_set(stub, monkeypatch):
     assert [Path(folder).name for folder in by_script["grpo_asr.py"].test] == [
         "keywords", "long", "noise", "short", "source"]
     assert [len(load_folder(folder)) for folder in by_script["grpo_asr.py"].test] == [2] * 5
-    assert len(load_sentences(by_script["diffro_tts.py"].test)) == 2 and Path("runs/quick/table2.jsonl").exists()
+    given = by_script["diffro_tts.py"]
+    assert [len(load_sentences(path)) for path in (*given.test, given.dev)] == [2, 2]
+    assert Path("runs/quick/table2.jsonl").exists()
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -30,8 +30,8 @@ def sets(tmp_path_factory):
         (root / name / "metadata.jsonl").write_text("".join(
             json.dumps({"file_name": str(u.path.resolve()), "text": u.text, "keywords": list(u.keywords)}) + "\n"
             for u in first(count, folder)))
-    return ["--data", str(root / "train"), "--test", str(root / "short"), str(root / "noise"), "--device", "cpu",
-            "--batch", "2", "--group", "2"]
+    return ["--data", str(root / "train"), "--dev", str(root / "short"), "--test", str(root / "noise"),
+            str(root / "short"), "--device", "cpu", "--batch", "2", "--group", "2"]
 
 
 def run(out, *flags):
@@ -133,7 +133,8 @@ def test_interruption_saves_and_says_how_to_go_on(sets, tmp_path):
     (["--batch", "100000"], "fewer than --batch"),
     (["--rewards", "R3", "--data", "data/test/noise"], "--rewards R3 needs keywords"),
     (["--language", "klingon"], "--language klingon"),
-    (["--test", "data/test/noise"], "no test set with words"),
+    (["--test", "data/test/noise"], "--test: nothing is said in it"),
+    (["--dev", "data/test/noise"], "--dev: nothing is said in it"),
 ])
 def test_a_users_mistake_gets_one_line(flags, message, sets):
     with pytest.raises(SystemExit) as stopped:

@@ -48,11 +48,11 @@ def flags(tmp_path_factory):
         (root / name / "metadata.jsonl").write_text("".join(
             json.dumps({"file_name": str(u.path.resolve()), "text": u.text}) + "\n" for u in first(count, folder)))
     for name, part in (("texts.txt", slice(0, 3)), ("test.txt", slice(3, 5))):
-        (root / name).write_text("\n".join(s.text for s in load_sentences("data/tts/test")[part]))
+        (root / name).write_text("\n".join(s.text for s in load_sentences("data/tts/test/plain")[part]))
     few = ["--steps", "3", "--batch", "2", "--eval-every", "2", "--device", "cpu", "--lr", "1e-3"]
-    texts = ["--data", str(root / "texts.txt"), "--test", str(root / "test.txt"), "--max-seconds", "2"]
-    return {grpo_asr: [*few, "--group", "2", "--max-tokens", "12", "--data", str(root / "train"), "--test",
-                       str(root / "test")],
+    given = lambda data, test: ["--data", str(root / data), "--dev", str(root / test), "--test", str(root / test)]  # noqa
+    texts = [*given("texts.txt", "test.txt"), "--max-seconds", "2"]
+    return {grpo_asr: [*few, "--group", "2", "--max-tokens", "12", *given("train", "test")],
             grpo_tts: [*few, *texts, "--group", "2"], diffro_tts: [*few, *texts]}
 
 
@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_goes_on(flags, finished, tmp
     elif where == "state":
         at_the_second(torch, "save")
     elif where == "adapter":
-        wers = iter((0.9, 0.5))                                                     # a better adapter is to be kept
+        wers = iter((0.9, 0.9, 0.5))                                                # a better adapter is to be kept
         monkeypatch.setattr(grpo_asr, "evaluate", lambda *given: ([""] * 2, {"wer": next(wers)}))
         at_the_second(PeftModel, "save_pretrained")
     else:
@@ -466,7 +466,7 @@ def test_a_stream_without_its_length_is_whole(tmp_path, length):
 
 def test_more_words_than_anyone_says_are_counted(tmp_path, capsys):
     for i in range(4):
-        sf.write(tmp_path / f"{i}.ogg", noise(2.0 if i else 1.0), RATE)
+        sf.write(tmp_path / f"{i}.ogg", noise(2.0 if i else 1.0) / (i + 1), RATE)
     rows = [{"file_name": f"{i}.ogg", "text": f"{i} sentence"} for i in range(1, 4)]
     rows.append({"file_name": "0.ogg", "text": "the first second of a sentence of eleven words is here"})
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -520,8 +520,8 @@ def test_tokens_beyond_the_codec_are_named(loaded_once, speaking, tmp_path):
     count = speaking[0].codec.count
     (tmp_path / "metadata.jsonl").write_text("".join(
         json.dumps({"text": f"{i} birds sang", "tokens": [1, 2, 3, count if i == 5 else 4]}) + "\n" for i in range(20)))
-    said = stopped(diffro_tts.main, "--teach", "recording", "--data", tmp_path, "--test", "data/tts/test", "--device",
-                   "cpu", "--out", tmp_path / "run", "--steps", 0)
+    said = stopped(diffro_tts.main, "--teach", "recording", "--data", tmp_path, "--dev", "data/tts/dev", "--test",
+                   "data/tts/test/plain", "--device", "cpu", "--out", tmp_path / "run", "--steps", 0)
     assert f"--data has token {count}, and --codec knows {count}" in said
 
 

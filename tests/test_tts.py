@@ -1,6 +1,5 @@
 """Chapter 2: the rewards of speech on cases worked out by hand, the frozen models, and the policy that speaks."""
 import json
-from dataclasses import replace
 
 import jiwer
 import numpy as np
@@ -111,7 +110,7 @@ def test_codec_round_trip_is_intelligible_and_uses_its_codes(speaking):
     studio, recordings, codes = speaking
     waves = studio.codec.decode(codes)
     assert all(0 <= len(w) - len(r) <= studio.codec.hop for w, r in zip(waves, recordings))   # to a whole token
-    texts, heard = [s.text for s in load_sentences("data/tts/test")[:10]], studio.judge.transcribe
+    texts, heard = [s.text for s in load_sentences("data/tts/test/plain")[:10]], studio.judge.transcribe
     assert jiwer.wer(texts, heard(waves)) <= jiwer.wer(texts, heard(recordings)) + 0.1
     assert len(np.unique(np.concatenate(codes))) > 200
 
@@ -152,7 +151,7 @@ def test_pitfall_9_a_sample_on_which_the_judge_fails_costs_only_itself(speaking,
 
 def test_similarity_is_higher_for_the_same_voice(speaking):
     studio, recordings, _ = speaking
-    names = [s.voice for s in load_sentences("data/tts/test")[:10]]
+    names = [s.voice for s in load_sentences("data/tts/test/plain")[:10]]
     alike = studio.speaker.embed(recordings) @ torch.stack([v.vector for v in studio.voices]).T     # (10, voices)
     same = torch.tensor([[v.name == name for v in studio.voices] for name in names])
     assert alike[same].mean() > 0.85 and alike[same].min() > alike[~same].mean() + 0.4
@@ -242,12 +241,13 @@ def test_pitfall_1_a_model_that_does_not_read_is_refused(speaking):
 
 def test_what_is_evaluated(speaking):
     """Each test sentence in its own voice, compared with its own recording; the same figures whenever it is asked."""
-    studio, tests, names = speaking[0], speaking[0].tests, [s.voice for s in load_sentences("data/tts/test")[:4][::-1]]
-    studio = replace(studio, due=[s.seconds * 25 for s in tests])
-    speech, metrics = evaluate(studio)
-    assert metrics == evaluate(studio)[1] and [s.text for s in speech] == [s.text for s in tests]
+    studio, tests = speaking[0], speaking[0].dev
+    names = [s.voice for s in load_sentences("data/tts/test/plain")[:4][::-1]]
+    speech, metrics = evaluate(studio, tests)
+    assert metrics == evaluate(studio, tests)[1] and [s.text for s in speech] == [s.text for s in tests]
     assert [s.voice.name for s in tests] == names
-    assert metrics["length_ratio"] == pytest.approx(sum(len(s.codes) for s in speech) / sum(studio.due))
+    due = sum(s.seconds * 25 for s in tests)
+    assert metrics["length_ratio"] == pytest.approx(sum(len(s.codes) for s in speech) / due)
     words = sum(len(s.text.split()) for s in tests)
     assert metrics["words_per_s"] == pytest.approx(words / sum(len(s.codes) / 25 for s in speech))
     alike = [float(studio.speaker.embed([s.wave])[0] @ t.voice.vector) for s, t in zip(speech, tests)]
@@ -263,7 +263,7 @@ def test_texts_from_a_plain_file_and_from_metadata(tmp_path):
     for path in (tmp_path, tmp_path / "metadata.jsonl"):
         assert [(s.text, s.voice, s.seconds) for s in load_sentences(path)] == [("four", "anna", 0.0)]
     assert len(load_sentences("data/tts/train.jsonl")[0].codes) > 20
-    recorded = load_sentences("data/tts/test")[0]
+    recorded = load_sentences("data/tts/test/plain")[0]
     assert recorded.seconds > 1 and recorded.voice
 
 
@@ -278,12 +278,14 @@ def test_a_bad_line_of_texts_is_named(tmp_path, content, message):
 
 
 def test_embedded_texts_and_tests_are_disjoint_and_what_is_in_both_is_left_out(tmp_path, capsys):
-    train, test = ({s.text for s in load_sentences(f"data/tts/{name}")} for name in ("train.jsonl", "test"))
-    assert len(train) == 400 and len(test) == 100 and not train & test
+    parts = [{s.text for s in load_sentences(f"data/tts/{name}")} for name in ("train.jsonl", "dev", "test/plain")]
+    assert list(map(len, parts)) == [400, 60, 100] and len(set.union(*parts)) == 560
+    train, _, test = parts
     (tmp_path / "texts.txt").write_text("\n".join([*train, next(iter(test))]))
-    args = grpo_tts.parse_args(["--data", str(tmp_path / "texts.txt"), "--test", "data/tts/test"])
-    texts, tests = split_texts(args)
-    assert not {s.text for s in texts} & {s.text for s in tests} and "1 lines of --data" in capsys.readouterr().out
+    args = grpo_tts.parse_args(["--data", str(tmp_path / "texts.txt"), "--test", "data/tts/test/plain"])
+    texts, _, tests = split_texts(args)
+    assert not {s.text for s in texts} & {s.text for s in tests["plain"]}
+    assert "1 lines of --data" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("chapter, flags, message", [*((grpo_tts, *case) for case in [
@@ -296,7 +298,7 @@ def test_embedded_texts_and_tests_are_disjoint_and_what_is_in_both_is_left_out(t
     (["--second-judge", "checkpoints/asr"], "must not be --judge")]), *((diffro_tts, *case) for case in [
         (["--token2text", "nowhere"], "--token2text nowhere: no such folder"),
         (["--token2text", "checkpoints/tts"], "--token2text checkpoints/tts"),
-        (["--teach", "recording", "--data", "data/tts/test"], "--teach recording needs")])])
+        (["--teach", "recording", "--data", "data/tts/test/plain"], "--teach recording needs")])])
 def test_a_users_mistake_gets_one_line(loaded_once, chapter, flags, message):
     with pytest.raises(SystemExit) as stopped:
         chapter.main(["--device", "cpu", "--steps", "1", *flags])
@@ -308,11 +310,11 @@ def test_a_users_mistake_gets_one_line(loaded_once, chapter, flags, message):
 
 def test_a_run_leaves_everything_behind(loaded_once, tmp_path):
     """Two samples of every test text are evaluated. That it can be resumed is shown in test_diffro.py."""
-    (tmp_path / "test.txt").write_text("\n".join(s.text for s in load_sentences("data/tts/test")[:3]))
+    (tmp_path / "test.txt").write_text("\n".join(s.text for s in load_sentences("data/tts/test/plain")[:3]))
     out = tmp_path / "run"
     grpo_tts.main(["--device", "cpu", "--batch", "2", "--group", "2", "--micro", "2", "--max-seconds", "2", "--steps",
-                   "2", "--rewards", "R1,R2,R3", "--test", str(tmp_path / "test.txt"), "--eval-samples", "2", "--out",
-                   str(out)])
+                   "2", "--rewards", "R1,R2,R3", "--test", str(tmp_path / "test.txt"), "--dev",
+                   str(tmp_path / "test.txt"), "--eval-samples", "2", "--out", str(out)])
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if "reward" in row]
     assert [r["step"] for r in rows] == [0, 1] and rows[0]["kl"] == 0 < rows[1]["kl"]
@@ -322,9 +324,10 @@ def test_a_run_leaves_everything_behind(loaded_once, tmp_path):
         assert key in rows[0], key
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     for key in ("wer", "similarity", "length_ratio", "words_per_s", "f0_spread", "truncated", "repetition"):
-        assert summary["test"]["before"][key] is not None, key
-    assert summary["test"]["before"]["length_ratio"] == 1 and summary["steps"] == 2     # no recordings: its own
-    assert summary["test"]["before"]["utterances"] == 6
+        assert summary["test"]["test.txt"]["before"][key] is not None, key
+    before = summary["test"]["test.txt"]["before"]
+    assert before["length_ratio"] == 1 and summary["steps"] == 2                        # no recordings: its own
+    assert before["utterances"] == 6
     page = (out / "samples" / "index.html").read_text(encoding="utf-8")
     assert page.count("<audio") == 12
     once, again = ((out / "samples" / f"0{i}-before.wav").read_bytes() for i in (1, 4))

@@ -139,12 +139,12 @@ def real(script, seconds):
             make(REAL / "half")
             (REAL / "half").rename(REAL / name)
     if script == "grpo_asr":
-        return ["--model", REAL / "asr", "--data", REAL / clips, "--test", REAL / test]
+        return ["--model", REAL / "asr", "--data", REAL / clips, "--dev", REAL / test, "--test", REAL / test]
     texts = REAL / "texts.txt"
-    lines = Path("data/tts/test/metadata.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+    lines = Path("data/tts/test/plain/metadata.jsonl").read_text(encoding="utf-8").splitlines()[:4]
     texts.write_text("".join(json.loads(line)["text"] + "\n" for line in lines), encoding="utf-8")
     return ["--model", REAL / "tts", "--codec", REAL / "codec", "--judge", REAL / "asr", "--second-judge",
-            REAL / "asr2", "--speaker", REAL / "speaker", "--test", texts]
+            REAL / "asr2", "--speaker", REAL / "speaker", "--dev", texts, "--test", texts]
 
 
 def main(argv=None):

@@ -84,8 +84,9 @@ ASR_COLUMNS = {  # column: (test set, metric), %; those that a run has
     "keywords P": ("keywords", "keyword_precision"), "keywords R": ("keywords", "keyword_recall"),
     "keywords F1": ("keywords", "keyword_f1"), "listed, not said": ("keywords", "listed_not_said"),
     "source WER": ("source", "wer"), "noise invented": ("noise", "hallucination_rate")}
-TTS_COLUMNS = {"WER, %": ("wer", 100), "SS": ("similarity", 1), "length": ("length_ratio", 1),
-               "F0 spread": ("f0_spread", 1), "never stopped, %": ("truncated", 100)}
+TTS_COLUMNS = {"WER, %": ("plain", "wer", 100), "SS": ("plain", "similarity", 1),
+               "length": ("plain", "length_ratio", 1), "F0 spread": ("plain", "f0_spread", 1),
+               "never stopped, %": ("plain", "truncated", 100)}
 DIGITS = {"SS": 3, "length": 3, "F0 spread": 2}                  # behind the point; 1 in all other columns
 DOTS = {"1": ["short WER", "long WER", "long ins", "keywords F1", "noise invented"],           # what is drawn, by table
         **dict.fromkeys("23", ["WER, %", "SS", "length", "F0 spread"])}
@@ -161,15 +162,17 @@ def line_of(folder, name, seed, script):
 
 def small_tests(folder):
     """Flags of --quick, by script: two steps, and two clips or texts of every test set."""
-    for source in [*Path("data/test").iterdir(), Path("data/tts/test")]:
+    ours = Path("data")
+    for source in [*ours.glob("test/*"), *ours.glob("tts/test/*"), ours / "dev", ours / "tts/dev"]:
         table = folder / source.relative_to("data") / "metadata.jsonl"
         table.unlink(missing_ok=True)
         for row in read_lines(source / "metadata.jsonl")[:2]:
-            append_line(table, row | {"file_name": str((source / row["file_name"]).resolve())})
-    steps = ["--steps", "2", "--batch", "2", "--group", "2", "--micro", "2", "--test"]
-    speech = [*steps, f"{folder}/tts/test", "--eval-samples", "1"]
-    return {"grpo_asr.py": [*steps, *map(str, sorted((folder / "test").iterdir()))],
-            "grpo_tts.py": speech, "diffro_tts.py": speech}
+            append_line(table, row | {"file_name": str((source / row["file_name"]).resolve())}
+                        if "file_name" in row else row)
+    steps = ["--steps", "2", "--batch", "2", "--group", "2", "--micro", "2"]
+    given = lambda part: ["--dev", str(part / "dev"), "--test", *map(str, sorted((part / "test").iterdir()))]  # noqa: E731
+    speech = [*steps, *given(folder / "tts"), "--eval-samples", "1"]
+    return {"grpo_asr.py": [*steps, *given(folder)], "grpo_tts.py": speech, "diffro_tts.py": speech}
 
 
 def plain(name):
@@ -229,14 +232,17 @@ def measure_all(args):
 
 
 def metrics(line, when):
-    """{column: value} of a run "before" or "after". Recognition: the best adapter by `short`, greedily; %. Speech:
-    sampled at temperature 1, after the last step."""
-    if line["script"] == "grpo_asr.py":
-        test = line["summary"]["test"]
-        return {c: 100 * test[s][when][key] for c, (s, key) in ASR_COLUMNS.items()
-                if test.get(s, {}).get(when, {}).get(key) is not None}
-    end = 0 if when == "before" else -1
-    return {c: scale * list(line["curve"][f"eval_{key}"].values())[end] for c, (key, scale) in TTS_COLUMNS.items()}
+    """{column: value} of a run "before" or "after", of the adapter that did best on dev. Recognition: greedily; %.
+    Speech: sampled at temperature 1."""
+    test = line["summary"].get("test", {})
+    columns = ({c: (*of, 100) for c, of in ASR_COLUMNS.items()} if line["script"] == "grpo_asr.py" else TTS_COLUMNS)
+    found = {c: scale * test[s][when][key] for c, (s, key, scale) in columns.items()
+             if test.get(s, {}).get(when, {}).get(key) is not None}
+    if not found:                       # a run from before there was a dev set: the last step, on the one test set
+        end = 0 if when == "before" else -1
+        found = {c: scale * list(line["curve"][f"eval_{key}"].values())[end]
+                 for c, (_, key, scale) in TTS_COLUMNS.items()}
+    return found
 
 
 def rows_of(runs):
