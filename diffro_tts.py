@@ -21,6 +21,7 @@ sample each, as in the paper. Left out: the multi-task rewards of [DR] (emotion,
 Last line:  WER by the second judge: 21.4 % -> 11.1 % (-48 %) in 20 steps.  Everything is in runs/diffro_tts-...
 """
 import functools
+from dataclasses import replace
 
 from engine.settings import parse_speech
 
@@ -31,6 +32,7 @@ if __name__ == "__main__":
 import torch
 
 from data import batch_indices
+from engine.parallel import Shared, average, gather, share
 from engine.report import group_figures, rollout_figures, speech_row
 from engine.run import launch
 from engine.sampling import (
@@ -53,7 +55,7 @@ from rewards import Speech, tts_reward
 
 # ---- the equations ---------------------------------------------------------------------------------------------
 
-def soft_tokens(logits, tau=1.0, hard=True, generator=None):
+def soft_tokens(logits, tau=1.0, hard=True, generator=None, noise=None):
     """Eq. 4: Gumbel-softmax samples o~ of speech tokens, (N, T, V) -> (N, T, V), every row a distribution: one-hot with
     the softmax's gradient (straight-through) [paper]; the softmax itself where not `hard` [DR, CV3].
 
@@ -63,8 +65,9 @@ def soft_tokens(logits, tau=1.0, hard=True, generator=None):
     beside. tau -> 0 tends to one-hot samples.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    noise = torch.empty_like(logits).exponential_(generator=generator).clamp(min=1e-30)
-    soft = torch.softmax((logits - noise.log()) / tau, dim=-1)                      # -log E is a Gumbel draw
+    if noise is None:
+        noise = torch.empty_like(logits).exponential_(generator=generator)
+    soft = torch.softmax((logits - noise.clamp(min=1e-30).log()) / tau, dim=-1)     # -log E is a Gumbel draw
     if not hard:
         return soft
     one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
@@ -114,8 +117,8 @@ def train(args):
     grpo, rewards, speech_ids = args.method == "grpo+diffro", args.rewards.split(","), ids_of_codes(studio)
     for step in run.steps():
         # 1 prompts: texts, in a voice each
-        batch = [texts[i] for i in batch_indices(step, len(texts), args.batch, args.seed)]
-        prompts, noise = studio.prompts(batch), generator_for(args.seed, step, device)         # (B, L)
+        batch = share([texts[i] for i in batch_indices(step, len(texts), args.batch, args.seed)])
+        prompts, noise = studio.prompts(batch), generator_for(args.seed, step, device, Shared) # (B, L)
         text_of = [s.text for s in batch for _ in range(args.group)]                # N
         # 2 the fixed tokens of the pass: sampled, or the recording's
         with run.phase("rollout"):
@@ -143,7 +146,8 @@ def train(args):
         with run.phase("update"):
             text_ids, text_mask = token2text.text_ids(text_of)                      # (N, S)
             pulls, found = {}, []
-            for asked, rows, each in micro_batches(args.batch, args.group, args.micro):
+            draws = noise.micro_batches(gather(rollout.mask.sum(dim=1)), args.micro, len(speech_ids))
+            for asked, rows, each in micro_batches(len(batch), args.group, args.micro):
                 # 5 logits of the fixed tokens, now and under the reference
                 span = rows, slice(int(rollout.mask[rows].sum(dim=1).max()))
                 given = prompts[asked], rollout.ids[span], rollout.mask[span], each
@@ -151,7 +155,8 @@ def train(args):
                 with torch.no_grad(), reference(policy):
                     ref_logits = completion_logits(policy, *given)
                 # 6 losses and step; the micro-batches add up to those of the whole
-                soft = soft_tokens(logits[..., speech_ids] / args.temperature, args.tau, not args.soft, noise)  # Eq. 4
+                soft = soft_tokens(logits[..., speech_ids] / args.temperature, args.tau, not args.soft,
+                                   noise=next(draws)[:, :span[1].stop])             # Eq. 4
                 reading = text_logprob(token2text.model, soft, spoken[span], text_ids[rows], text_mask[rows])  # Eq. 5
                 kl = categorical_kl(logits / args.temperature, ref_logits / args.temperature, rollout.mask[span])
                 losses = {"diffro": diffro_loss(reading, kl, args.beta, keep[rows])}           # Eq. 7
@@ -163,11 +168,16 @@ def train(args):
                     losses["diffro"] = args.weight * losses["diffro"]
                 add_gradients(pulls, losses, len(logits) / len(rollout.ids), run.weights)
                 found.append((reading.detach(), kl.detach()))
+            average([grad for grads in pulls.values() for grad in grads])
             for weight, *grads in zip(run.weights, *pulls.values()):
                 weight.grad = sum(grads)
             norm = run.learn(step)
+            reading, kl = map(torch.cat, zip(*found))                               # (N,), (N,)
+            rollout, codes, keep, reading, kl = map(gather, (rollout, codes, keep, reading, kl))
+            if grpo:
+                reward, parts, judged, speech = map(
+                    gather, (reward, parts, judged, [replace(s, wave=None) for s in speech]))
         # 7 log one row; now and then evaluate and save
-        reading, kl = map(torch.cat, zip(*found))                                   # (N,), (N,)
         row = {"reading": float(reading.mean()), "kl": float(kl.mean()), "kept": float(keep.float().mean()),
                **rollout_figures(rollout, run.phase), **length_figures(codes, codec), "grad_norm": norm,
                **{f"grad_norm_{name}": float(torch.nn.utils.get_total_norm(grads)) for name, grads in pulls.items()}}

@@ -34,6 +34,7 @@ import torch
 from data import batch_indices, split_clips
 from engine.audio import DataError
 from engine.models import add_adapters, load_recogniser, precision, quantization
+from engine.parallel import RANK, WORLD, Shared, average, gather, share
 from engine.recognisers import answers, collate, embed, rate
 from engine.report import (
     group_figures,
@@ -129,7 +130,8 @@ def train(args):
     supervised = args.objective == "supervised"
     for step in run.steps():
         # 1 prompts: the audio of the step, encoded once
-        batch = [clips[i] for i in batch_indices(step, len(clips), args.batch, args.seed)]
+        whole = [clips[i] for i in batch_indices(step, len(clips), args.batch, args.seed)]
+        batch = share(whole)                      # all of it, or under torchrun this process's share
         with run.phase("encode"):
             prompts = encode(policy, collate(processor, batch, args.language))  # (B, L, D)
         # 2 sample
@@ -138,8 +140,8 @@ def train(args):
                 with torch.no_grad():
                     rollout = transcripts_as_rollout(policy, processor, prompts, batch, args.temperature)
             else:
-                rollout = sample(policy, prompts, args.group, token_limit(args, batch), eos, args.temperature,
-                                 generator_for(args.seed, step, policy.device))     # (N, T)
+                rollout = sample(policy, prompts, args.group, token_limit(args, whole), eos, args.temperature,
+                                 generator_for(args.seed, step, policy.device, Shared))        # (N, T)
             texts = decode(processor, rollout)
         # 3 reward
         with run.phase("reward"):
@@ -152,7 +154,7 @@ def train(args):
             # 5 log-probs, under the reference and now
             ref_logp = reference_logprobs(policy, prompts, rollout, args.group, args.micro, args.temperature)  # (N, T)
             now_logp = torch.zeros_like(ref_logp)
-            for asked, rows, each in micro_batches(args.batch, args.group, args.micro):
+            for asked, rows, each in micro_batches(len(batch), args.group, args.micro):
                 logp = completion_logprobs(policy, prompts[asked], rollout.ids[rows], rollout.mask[rows], each,
                                            args.temperature)                        # (M, T)
                 # 6 loss and step: the micro-batches add up to the loss of the whole
@@ -165,7 +167,10 @@ def train(args):
                                      rollout.mask[rows], args.clip, args.beta, args.kl)        # Eq. 2-3
                 (loss * len(logp) / len(rollout.ids)).backward()
                 now_logp[rows] = logp.detach()
+            average([w.grad for w in run.weights])
             norm = run.learn(step)
+            reward, scored, clip_of, texts, rollout, now_logp, ref_logp = map(
+                gather, (reward, scored, clip_of, texts, rollout, now_logp, ref_logp))
         # 7 log one row; now and then evaluate and save
         row = {**group_figures(reward), **text_figures(scored, clip_of, texts, args.language),
                **rollout_figures(rollout, run.phase), **policy_figures(rollout, now_logp, ref_logp, args.clip),
@@ -264,13 +269,13 @@ def end_tokens(policy):
 def evaluate(policy, processor, utterances, args, batch=32):
     """Greedy transcripts of a test set, in its own order, and their metrics."""
     order = sorted(range(len(utterances)), key=lambda i: utterances[i].seconds)
-    found = [""] * len(utterances)
-    for start in range(0, len(order), batch):
+    found = []
+    for start in range(0, len(order), batch)[RANK::WORLD]:
         alike = [utterances[i] for i in order[start:start + batch]]
         prompts = encode(policy, collate(processor, alike, args.language))
         rollout = sample(policy, prompts, 1, token_limit(args, alike), end_tokens(policy), temperature=0)
-        for i, text in zip(order[start:start + batch], decode(processor, rollout)):
-            found[i] = text
+        found += zip(order[start:start + batch], decode(processor, rollout))
+    found = [text for _, text in sorted(gather(found))]
     keywords, listed = frozenset(k for u in utterances for k in u.keywords), [u.listed or () for u in utterances]
     return found, asr_metrics([u.text for u in utterances], found, keywords, args.language, listed)
 

@@ -19,6 +19,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from engine.audio import DataError, reason
+from engine.parallel import WORLD, alone
 
 try:
     import fcntl
@@ -42,6 +43,7 @@ class RunLog:
             else:
                 self.go_on(header, resume_at)
 
+    @alone
     def begin(self, header):
         """The header of a new run, in a folder where at most the header of one was written before."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +59,7 @@ class RunLog:
             raise DataError(f"{self.folder}: holds something else; give another --out")
         self.replace("log.jsonl", lambda path: path.write_text(as_line(header), encoding="utf-8"))
 
+    @alone
     def go_on(self, header, resume_at):
         """The log and the samples up to the step `resume_at`, and what is other from here on."""
         given = logged_arguments(self.folder)
@@ -80,11 +83,13 @@ class RunLog:
             raise DataError(f"{self.folder}: cannot be written ({reason(error)})"
                             + (self.goes_on and f"; when there is room: {self.goes_on}")) from None
 
+    @alone
     def replace(self, name, write):
         """`write(path)` beside the file `name`, and the result moved into its place: whole or not at all."""
         with self.writing():
             replace_file(self.folder / name, write)
 
+    @alone
     def write(self, name, row):
         """Appends `row` to NAME.jsonl, floats to 6 digits."""
         with self.writing(), open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as out:
@@ -142,6 +147,7 @@ def is_json(line):
         return False
 
 
+@alone
 def lock(folder):
     """Makes the run folder, and holds it for this process: an open file. Raises DataError where another is at work in
     it, or where a link in it leads outside."""
@@ -194,6 +200,7 @@ def run_header(name, args, policy):
         git = ""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "jiwer")
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    card = card if WORLD == 1 else f"{WORLD} x {card}"
     return {"script": name, "arguments": vars(args), "commit": git or "unknown",
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
             "device": card, "dtype": str(policy.get_base_model().dtype), "seed": args.seed, **adapted(policy)}

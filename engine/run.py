@@ -8,6 +8,7 @@ The folder and its files are in log.py.
 """
 import contextlib
 import ctypes
+import os
 import pickle
 import shutil
 import signal
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from engine.audio import DataError, reason
 from engine.log import RunLog, lock, logged_arguments, new_run_folder, run_header
+from engine.parallel import WORLD, GoneError, alike, alone, any_of, gather, together
 
 try:
     import resource
@@ -37,19 +39,22 @@ SAVE_EVERY = 50     # steps, whether evaluated or not
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+@together()
 def launch(train, args):
     """train(args), with one line for a user's mistake, full memory and a stop (Ctrl-C, SIGTERM, SIGHUP)."""
     Run.goes_on, before = "", {s: signal.getsignal(s) for s in STOPS}
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):       # of a test
             stream.reconfigure(errors="replace")        # a console that knows no Chinese ends no run
-    stop_with(signal.default_int_handler)
+    stop_with(stop_now)
     more = ", or add --offload" if "offload" in args else ", or where clips are long --batch"
     less = f"lower --micro (now {args.micro}) or --group (now {args.group}){more} (batch now {args.batch})"
     try:
         train(args)
     except DataError as error:
         sys.exit(f"error: {error}")
+    except GoneError:
+        sys.exit(f"error: another process of this run has ended; {Run.goes_on or 'nothing was trained'}")
     except torch.cuda.OutOfMemoryError:
         sys.exit(f"error: the GPU's memory is full; {less}")
     except MemoryError:
@@ -62,9 +67,16 @@ def launch(train, args):
         sys.exit(f"stopped: {Run.goes_on or 'nothing was trained'}")
     finally:
         for s, handler in before.items():
-            signal.signal(s, handler)
+            signal.signal(s, handler if WORLD == 1 else signal.SIG_IGN)
         if Run.lock:
             Run.lock = Run.lock.close()
+
+
+def stop_now(*_):
+    """Ends what is under way. torchrun hands a stop on to processes that may have it already: the next is left out."""
+    if WORLD > 1:
+        stop_with(signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def stop_with(handler):
@@ -86,7 +98,7 @@ class Run:
         self.phase, self.state = Phases(policy.device), {"step": 0}
         if args.adapter and not args.resume:
             start_from(policy, args)
-        self.folder = Path(args.resume or args.out or new_run_folder(name))
+        self.folder = gather([Path(args.resume or args.out or new_run_folder(name))])[0]
         Run.lock = lock(self.folder)
         if args.resume:
             self.state = load_state(policy, self.optimizer, args.resume)
@@ -95,6 +107,8 @@ class Run:
         self.log = RunLog(self.folder, header, self.state["step"] if args.resume else None)
         if args.resume:
             self.is_saved()
+        if not alike(self.weights):
+            raise DataError("the processes begin with different adapters: other files, or another kind of GPU?")
 
     def is_saved(self):
         """Says from here on, wherever the run ends, how to go on."""
@@ -118,15 +132,17 @@ class Run:
                         leave=False, disable=None)
         for step in self.bar:
             yield step
-            if self.state["step"] > self.saved and (self.stopped or self.state["step"] % SAVE_EVERY == 0):
+            stop = any_of(self.stopped)
+            if self.state["step"] > self.saved and (stop or self.state["step"] % SAVE_EVERY == 0):
                 self.save()
-            if self.stopped:
+            if stop:
                 raise KeyboardInterrupt
         self.bar.close()
-        stop_with(signal.default_int_handler)
+        any_of(False)                                   # what rank 0 has written is there for all
+        stop_with(stop_now)
 
     def interrupt(self, *_):
-        if self.stopped:
+        if self.stopped and WORLD == 1:
             raise KeyboardInterrupt
         self.stopped = True
 
@@ -175,6 +191,7 @@ class Run:
             self.save_adapter()
         self.save()
 
+    @alone
     def save_adapter(self):
         """The adapter as it is now, as RUN/adapter, file by file: its settings never change, its weights are one."""
         with self.log.writing():
@@ -327,6 +344,8 @@ def pick_device(name):
     """torch.device for "auto", "cpu", "cuda" or "cuda:1"."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -340,6 +359,10 @@ def pick_device(name):
         keep_freed_memory()
     else:       # the CPU makes features of small clips: 32 threads took ten times as long for it as two
         torch.set_num_threads(min(2, torch.get_num_threads()))
+        if WORLD > 1:
+            if device.index >= torch.cuda.device_count():
+                raise DataError(f"--nproc-per-node: torch sees {torch.cuda.device_count()} GPUs here")
+            torch.cuda.set_device(device)
         # cuDNN's attention, torch 2.11's first choice on an H100, gives NaN gradients where padded prompts are
         # 64, 192, 320, ... positions long (pytorch issue 196678); the others do not
         torch.backends.cuda.enable_cudnn_sdp(False)

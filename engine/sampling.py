@@ -21,6 +21,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from engine.audio import DataError
+from engine.parallel import RANK, Shared
 
 
 @dataclass
@@ -166,7 +167,9 @@ def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=N
         if temperature:
             # Gumbel-max: argmax(log p - log E), E ~ Exp(1), is an exact draw from p; noise for every row, alive or
             # not, so that a sample does not depend on when the others end
-            noise = torch.empty((len(mask), scores.shape[1]), device=mask.device).exponential_(generator=generator)
+            shape = len(mask), scores.shape[1]
+            noise = generator.rows(*shape) if isinstance(generator, Shared) else torch.empty(
+                shape, device=mask.device).exponential_(generator=generator)
             token = (scores - noise[alive].clamp(min=1e-30).log()).argmax(dim=-1)
         else:
             token = scores.argmax(dim=-1)
@@ -194,9 +197,9 @@ def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=N
     return Rollout(ids, completion_mask(ids, eos), logp, entropy, ~torch.isin(ids, eos).any(dim=1))
 
 
-def generator_for(seed, step, device):
+def generator_for(seed, step, device, kind=torch.Generator):
     """The random source of one step's samples: a function of the seed and the step, whatever came before."""
-    return torch.Generator(device).manual_seed(1_000_003 * seed + step)
+    return kind(device).manual_seed(1_000_003 * seed + step)
 
 
 # ---- the teacher-forced pass ---------------------------------------------------------------------------------
@@ -287,9 +290,11 @@ def reference_logprobs(policy, prompts, rollout, group, micro, temperature):
 
 
 def micro_batches(batch, group, micro):
-    """Slices (prompts, rows, rows per prompt) that cover N = batch x group samples, `micro` of them at a time."""
-    for start in range(0, batch * group, micro):
-        stop = min(start + micro, batch * group)
+    """Slices (prompts, rows, rows per prompt) that cover N = batch x group samples, `micro` of them at a time; under
+    torchrun each lies in one of those of the whole step."""
+    stop, before = 0, RANK * batch * group
+    while stop < batch * group:
+        start, stop = stop, min(stop + micro - (before + stop) % micro, batch * group)
         yield slice(start // group, -(-stop // group)), slice(start, stop), min(group, stop - start)
 
 

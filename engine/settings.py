@@ -8,6 +8,8 @@ What chapters share stands once. --resume DIR takes the settings of the run in D
 import argparse
 import os
 import signal
+import sys
+import time
 from pathlib import Path
 
 LEAST = dict(steps=0, batch=1, group=2, micro=1, lora_rank=1, eval_every=0, max_tokens=0, eval_samples=1, hotwords=0)
@@ -144,6 +146,8 @@ def read(p, argv):
             if isinstance(action.default, list | str):
                 one = isinstance(action.default, str)
                 action.default = beside(action.default) if one else [*map(beside, action.default)]
+    if os.environ.get("RANK", "0") != "0":      # rank 0 says what is wrong, and its end is that of all
+        p.error = lambda message: time.sleep(20) or sys.exit(2)
     args = p.parse_args(argv)
     for name, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
@@ -166,7 +170,8 @@ def read(p, argv):
 
 def stop_at_once(*_):
     """Ends the program with one line, in the seconds in which nothing is under way but the loading of libraries."""
-    os.write(2, b"stopped: nothing was trained\n")
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"stopped: nothing was trained\n")
     os._exit(1)
 
 
@@ -229,6 +234,8 @@ def check(p, args):
             p.error(f"{flag(name)} must be {'0 or more' if zero else 'above 0'}, and finite, not {value}")
     if args.micro % args.group and args.group % args.micro:
         p.error(f"--micro {args.micro} must be a multiple or a divisor of --group {args.group}")
+    if args.batch % (processes := int(os.environ.get("WORLD_SIZE", 1))):
+        p.error(f"--batch {args.batch} must be a multiple of the {processes} processes")
     rewards = args.rewards.split(",")
     if set(rewards) - {"R1", "R2", "R3"} or len(set(rewards)) < len(rewards):
         p.error(f"--rewards takes some of R1,R2,R3, each once, not {args.rewards}")

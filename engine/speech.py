@@ -22,6 +22,7 @@ from engine.audio import DataError
 from engine.judges import Codec, Judge, Speaker, Token2Text
 from engine.listen import write_page
 from engine.models import add_adapters, load_pretrained, precision, quantization
+from engine.parallel import alone, gather, share
 from engine.report import percent, print_start, print_times, print_transcripts, print_tts_table
 from engine.run import Run, load_adapter, pick_device, quiet
 from engine.sampling import Prompts, generator_for, reference, sample, self_check
@@ -284,7 +285,7 @@ def evaluate(studio, tests, before=None):
     compared with the recordings', or, where one is missing, with those of the records `before` training.
     """
     args, codec, speech = studio.args, studio.codec, []
-    for start in range(0, len(tests), EVAL_BATCH):
+    for start in share(range(0, len(tests), EVAL_BATCH)):
         batch = tests[start:start + EVAL_BATCH]
         rollout = sample(studio.policy, studio.prompts(batch), 1, studio.limit, studio.end, args.temperature,
                          generator_for(0, start, studio.policy.device))
@@ -292,6 +293,7 @@ def evaluate(studio, tests, before=None):
         waves = codec.decode(codes)
         speech += [Speech(*row) for row in zip([s.text for s in batch], codes, waves, studio.second.transcribe(waves),
                                                rollout.truncated.tolist())]
+    speech = gather(speech)
     if all(s.heard is None for s in speech):
         raise DataError(f"--second-judge {args.second_judge}: failed on every test sentence")
     alike = studio.speaker.embed([s.wave for s in speech]) @ torch.stack([v.vector for v in studio.voices]).T
@@ -351,5 +353,5 @@ def finish(run, studio, listened=10):
                 studio.tests[name], before[name][0], after[name][0]))[:listened // len(after)]]
     title = f"Before and after {run.state['best_step']} steps"
     with run.log.writing():
-        page = write_page(run.folder / "samples", rows, studio.codec.rate, title, language)
+        page = alone(write_page)(run.folder / "samples", rows, studio.codec.rate, title, language)
     print(f"to listen: {page}\n{told}")
