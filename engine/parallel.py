@@ -33,7 +33,7 @@ def together():
         return
     store, *_ = next(dist.rendezvous("env://"))                     # it lives with torchrun, whoever of us dies
     if RANK:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=RANK,
                                 world_size=WORLD)
