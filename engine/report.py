@@ -1,4 +1,6 @@
 """What a run leaves to read: figures for its log, tables before -> after, transcripts with errors marked, times."""
+import os
+
 import jiwer
 
 from engine.log import adapted
@@ -91,8 +93,9 @@ def print_times(phase, steps):
     """Seconds a step by phase, of what was trained; evaluation apart."""
     training = {name: seconds / max(1, steps) for name, seconds in phase.total.items() if name != "evaluate"}
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in training.items())
+    shared = "; threads wait passively: other programs were at work" * (os.environ.get("OMP_WAIT_POLICY") == "PASSIVE")
     print(f"seconds a step: {sum(training.values()):.2f} ({parts}); evaluation {phase.total['evaluate']:.0f} s in all; "
-          f"peak memory {phase.peak_gib():.1f} GiB")
+          f"peak memory {phase.peak_gib():.1f} GiB{shared}")
 
 
 def best_and_worst(reward):

@@ -140,6 +140,8 @@ def read(p, argv):
     if argv is None:                                                # a command line: torch is not loaded yet
         for name in ("SIGINT", "SIGTERM"):
             signal.signal(getattr(signal, name), stop_at_once)
+        if "RANK" not in os.environ and others_work():
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if Path.cwd() != HOME:                      # the embedded models and data lie beside the scripts, wherever one is
         beside = lambda name: str(HOME / name) if name.startswith(("checkpoints/", "data/")) else name  # noqa: E731
         for action in p._actions:
@@ -166,6 +168,27 @@ def read(p, argv):
         args.filter = args.filter or ("positive" if args.method == "grpo+diffro" else "none")
     check(p, args)
     return args
+
+
+def others_work(seconds=0.2):
+    """Whether another program keeps a third of one of our cores busy (Linux; False elsewhere).
+
+    Threads that wait for each other spin, which is fastest on an idle machine. Where one of them has lost its core to
+    another program, the others spin for nothing, and a step of chapter 1 takes many times as long. Whether they spin
+    is decided once, when torch is loaded.
+    """
+    def idle():
+        lines = Path("/proc/stat").read_text().splitlines()
+        times = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("cpu")}
+        return sum(int(times[f"cpu{core}"][at]) for core in os.sched_getaffinity(0) for at in (3, 4))
+
+    try:
+        before, started = idle(), time.monotonic()
+        time.sleep(seconds)
+        ticks = (time.monotonic() - started) * os.sysconf("SC_CLK_TCK")
+        return idle() - before < ticks * (len(os.sched_getaffinity(0)) - 1 / 3)
+    except (AttributeError, OSError, ValueError, KeyError, IndexError):
+        return False
 
 
 def stop_at_once(*_):

@@ -68,11 +68,12 @@ def few(tmp_path_factory):
         (root / name / "metadata.jsonl").write_text("".join(
             json.dumps({"file_name": str(u.path.resolve()), "text": u.text}) + "\n" for u in first(count, folder)))
     for name, part in (("texts.txt", slice(0, 8)), ("test.txt", slice(8, 11))):
-        (root / name).write_text("\n".join(s.text for s in load_sentences("data/tts/test")[part]))
-    texts = ["--device", "cpu", "--steps", "1", "--batch", "4", "--group", "2", "--data", str(root / "texts.txt"),
-             "--test", str(root / "test.txt"), "--max-seconds", "1.5", "--temperature", "1.3", "--rewards", "R1,R2"]
+        (root / name).write_text("\n".join(s.text for s in load_sentences("data/tts/test/plain")[part]))
+    given = lambda data, test: ["--data", str(root / data), "--dev", str(root / test), "--test", str(root / test)]  # noqa
+    texts = ["--device", "cpu", "--steps", "1", "--batch", "4", "--group", "2", *given("texts.txt", "test.txt"),
+             "--max-seconds", "1.5", "--temperature", "1.3", "--rewards", "R1,R2"]
     return {grpo_asr: ["--device", "cpu", "--steps", "3", "--batch", "4", "--group", "4", "--micro", "8", "--lr",
-                       "1e-3", "--eval-every", "2", "--data", str(root / "train"), "--test", str(root / "test")],
+                       "1e-3", "--eval-every", "2", *given("train", "test")],
             grpo_tts: texts, diffro_tts: [*texts, "--method", "grpo+diffro", "--micro", "6"]}
 
 
@@ -82,8 +83,8 @@ def by_two(few, chapter, out, *more, dies="-"):
 
 
 def torchrun(*script):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, script)],
-                          cwd=ROOT, text=True, capture_output=True, timeout=240)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, *map(str, script)], cwd=ROOT, text=True, capture_output=True, timeout=240)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -126,6 +127,8 @@ def alone(few, tmp_path_factory):
 
 @pytest.mark.parametrize("chapter", [grpo_asr, grpo_tts, diffro_tts], ids=lambda chapter: chapter.__name__)
 def test_two_processes_do_what_one_does(few, request, tmp_path, chapter):
+    if chapter is grpo_tts and "KILLS" not in os.environ:
+        pytest.skip("KILLS=all tries chapter 2 too: what it has of its own, grpo+diffro has as well, but for two lines")
     one, two = tmp_path / "one", tmp_path / "two"
     if chapter is grpo_asr:
         one = request.getfixturevalue("alone")
@@ -157,21 +160,21 @@ def test_what_no_one_foresaw_is_told_by_the_one_that_saw_it(few, tmp_path):
     assert code and stderr.count("KeyError: 'what no one foresaw'") == 1 and not ours(stderr), stderr
 
 
-def test_a_stop_saves_the_step_at_hand_and_two_go_on_with_it(few, alone, tmp_path):
+def test_a_stop_saves_the_step_at_hand_and_one_goes_on_with_it(few, alone, tmp_path):
     out = tmp_path / "run"
     code, _, stderr = by_two(few, grpo_asr, out, dies="1:stop")
     steps = torch.load(out / "state.pt", weights_only=True)["step"]
     said = f"stopped: saved after {steps} of 3 steps; python grpo_asr.py --resume {out} goes on"
     assert code and ours(stderr) == [said] and 1 <= steps < 3, stderr
-    code, stdout, stderr = by_two(few, grpo_asr, out, "--resume", out)
-    assert code == 0 and "Everything is in" in stdout, stderr
+    grpo_asr.main(["--resume", str(out)])
     agree(alone, out)
 
 
-def test_a_batch_that_is_not_divisible_is_one_line(tmp_path):
-    code, _, stderr = torchrun("grpo_asr.py", "--batch", "3", "--out", tmp_path / "run")
-    assert code and stderr.count("error: --batch 3 must be a multiple of the 2 processes") == 1, stderr
-    assert not (tmp_path / "run").exists()
+def test_a_batch_that_is_not_divisible_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        grpo_asr.parse_args(["--batch", "3"])
+    assert "error: --batch 3 must be a multiple of the 2 processes" in capsys.readouterr().err
 
 
 # ---- the noise, process by process -------------------------------------------------------------------------------

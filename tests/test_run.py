@@ -13,6 +13,7 @@ from conftest import ROOT, first
 
 import diffro_tts
 import grpo_asr
+from engine import settings
 from engine.log import logged_arguments
 
 MODULES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
@@ -205,3 +206,16 @@ def test_imports_have_no_circle_and_the_engine_knows_no_chapter():
     while leaves := {m for m in arrows if not arrows[m] & arrows.keys()}:
         arrows = {m: to for m, to in arrows.items() if m not in leaves}
     assert not arrows, arrows
+
+
+@pytest.mark.parametrize("idle, busy", [(40, False), (35, False), (30, True), (0, True)])
+def test_another_programs_work_is_noticed(monkeypatch, idle, busy):
+    """Two cores of ours, 1 and 3 of four, over a fifth of a second at 100 ticks: 40 ticks of idling if nobody works."""
+    stats = iter("cpu  9 9 9 9 9\n" + "".join(f"cpu{core} 1 0 1 {a} {b} 0\n" for core, (a, b) in enumerate(
+        [(7, 0), (5 + n, 0), (900 * n, 0), (3, n)])) for n in (0, idle // 2))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3}, raising=False)
+    monkeypatch.setattr(os, "sysconf", lambda _: 100, raising=False)
+    monkeypatch.setattr(settings.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(settings.time, "monotonic", iter([0.0, 0.2]).__next__)
+    monkeypatch.setattr(settings.Path, "read_text", lambda path: next(stats))
+    assert settings.others_work() is busy
