@@ -178,7 +178,7 @@ def others_work(seconds=0.2):
     is decided once, when torch is loaded.
     """
     def idle():
-        lines = Path("/proc/stat").read_text().splitlines()
+        lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
         times = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("cpu")}
         return sum(int(times[f"cpu{core}"][at]) for core in os.sched_getaffinity(0) for at in (3, 4))
 

@@ -217,5 +217,5 @@ def test_another_programs_work_is_noticed(monkeypatch, idle, busy):
     monkeypatch.setattr(os, "sysconf", lambda _: 100, raising=False)
     monkeypatch.setattr(settings.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(settings.time, "monotonic", iter([0.0, 0.2]).__next__)
-    monkeypatch.setattr(settings.Path, "read_text", lambda path: next(stats))
+    monkeypatch.setattr(settings.Path, "read_text", lambda path, encoding: next(stats))
     assert settings.others_work() is busy
