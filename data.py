@@ -234,7 +234,8 @@ def leave_out(items, tests, args):
         print(f"{counts.total()} lines of --data are in --dev or --test too: left out of the training ("
               + ", ".join(f"{number} by {what}" for what, number in counts.items()) + ")")
     if len(kept) < args.batch:
-        why = ", and --test holds the same" if counts and args.test else ", the rest says the same as what is held out"
+        given = "--test" if args.test else "--dev" if args.dev else ""
+        why = f", and {given} holds the same" if counts and given else ", the rest says the same as what is held out"
         raise DataError(f"{len(kept)} of {len(items)} lines of --data to train on, fewer than --batch {args.batch}"
                         f"{why if counts else ''}")
     return kept

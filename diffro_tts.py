@@ -18,7 +18,7 @@ sample each, as in the paper. Left out: the multi-task rewards of [DR] (emotion,
     python diffro_tts.py --steps 200
     python diffro_tts.py --steps 200 --method grpo+diffro --filter positive --rewards R1,R2
 
-Last line:  WER by the second judge: 21.4 % -> 11.1 % (-48 %) in 20 steps.  Everything is in runs/diffro_tts-...
+Last line:  plain WER by the second judge: 21.4 % -> 11.1 % (-48 %) in 20 steps.  Everything is in runs/diffro_tts-...
 """
 import functools
 from dataclasses import replace
@@ -55,18 +55,16 @@ from rewards import Speech, tts_reward
 
 # ---- the equations ---------------------------------------------------------------------------------------------
 
-def soft_tokens(logits, tau=1.0, hard=True, generator=None, noise=None):
+def soft_tokens(logits, noise, tau=1.0, hard=True):
     """Eq. 4: Gumbel-softmax samples o~ of speech tokens, (N, T, V) -> (N, T, V), every row a distribution: one-hot with
     the softmax's gradient (straight-through) [paper]; the softmax itself where not `hard` [DR, CV3].
 
     `logits` are those of the speech tokens alone. The stop token and the text tokens have no row in the reward model,
     so they take no part: whatever mass the LLM gives them, o~ is a sample given that speech goes on, and no gradient
     of the reward reaches the probability of stopping. What holds that probability is the KL, and GRPO where it runs
-    beside. tau -> 0 tends to one-hot samples.
+    beside. `noise` is Exp(1), of their shape. tau -> 0 tends to one-hot samples.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if noise is None:
-        noise = torch.empty_like(logits).exponential_(generator=generator)
     soft = torch.softmax((logits - noise.clamp(min=1e-30).log()) / tau, dim=-1)     # -log E is a Gumbel draw
     if not hard:
         return soft
@@ -155,8 +153,8 @@ def train(args):
                 with torch.no_grad(), reference(policy):
                     ref_logits = completion_logits(policy, *given)
                 # 6 losses and step; the micro-batches add up to those of the whole
-                soft = soft_tokens(logits[..., speech_ids] / args.temperature, args.tau, not args.soft,
-                                   noise=next(draws)[:, :span[1].stop])             # Eq. 4
+                soft = soft_tokens(logits[..., speech_ids] / args.temperature, next(draws)[:, :span[1].stop],
+                                   args.tau, not args.soft)                         # Eq. 4
                 reading = text_logprob(token2text.model, soft, spoken[span], text_ids[rows], text_mask[rows])  # Eq. 5
                 kl = categorical_kl(logits / args.temperature, ref_logits / args.temperature, rollout.mask[span])
                 losses = {"diffro": diffro_loss(reading, kl, args.beta, keep[rows])}           # Eq. 7

@@ -41,30 +41,35 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def drawn(logits, generator=None):
+    """Exp(1) noise for them."""
+    return torch.empty(logits.shape, dtype=logits.dtype).exponential_(generator=generator or seeded())
+
+
 # ---- Eq. 4 -------------------------------------------------------------------------------------------------
 
 def test_eq4_rows_are_distributions_and_hard_rows_one_hot():
     logits = case()[0]
-    soft, hard = (soft_tokens(logits, 0.7, h, seeded()) for h in (False, True))
+    soft, hard = (soft_tokens(logits, drawn(logits), 0.7, h) for h in (False, True))
     assert torch.allclose(soft.sum(-1), torch.ones(3, 7, dtype=soft.dtype)) and (soft > 0).all()
     assert torch.allclose(hard, torch.nn.functional.one_hot(soft.argmax(-1), CODES).to(hard.dtype), atol=1e-12)
 
 
 def test_eq4_small_tau_tends_to_exact_samples_of_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0]).expand(1, 20_000, 3)
-    soft = soft_tokens(logits, 1e-3, hard=False, generator=seeded())
+    soft = soft_tokens(logits, drawn(logits), 1e-3, hard=False)
     assert (soft.max(-1).values > 0.999).float().mean() > 0.99
     frequency = torch.bincount(soft.argmax(-1)[0], minlength=3) / 20_000
     assert torch.allclose(frequency, torch.softmax(logits[0, 0], -1), atol=0.02)
     peaked = torch.tensor([[[0.0, 0.0, 80.0]]])                              # and to the argmax where one stands out
-    assert soft_tokens(peaked, 1e-3, hard=False, generator=seeded()).argmax() == 2
+    assert soft_tokens(peaked, drawn(peaked), 1e-3, hard=False).argmax() == 2
 
 
 def test_eq4_straight_through_has_the_gradient_of_the_soft_sample():
     weight, grads = torch.randn(CODES, dtype=torch.float64), []
     for hard in (False, True):
         logits = case()[0].requires_grad_()
-        (soft_tokens(logits, 1.0, hard, seeded()) * weight).sum().backward()
+        (soft_tokens(logits, drawn(logits), 1.0, hard) * weight).sum().backward()
         grads.append(logits.grad)
     assert torch.allclose(*grads) and grads[0].abs().sum() > 0
 
@@ -86,7 +91,7 @@ def test_eq5_gradient_against_finite_differences(reader):
     logits, mask, text, text_mask = case(n=2, t=4, s=3)
 
     def reward(logits):
-        soft = soft_tokens(logits, 0.8, hard=False, generator=seeded())
+        soft = soft_tokens(logits, drawn(logits), 0.8, hard=False)
         return text_logprob(reader, soft, mask[:, :4], text, text_mask)
 
     assert torch.autograd.gradcheck(reward, (logits.requires_grad_(),), eps=1e-6, atol=1e-5)
@@ -94,7 +99,7 @@ def test_eq5_gradient_against_finite_differences(reader):
 
 def test_eq5_what_is_masked_or_padded_changes_nothing(reader):
     logits, mask, text, text_mask = case()
-    soft = soft_tokens(logits, generator=seeded())
+    soft = soft_tokens(logits, drawn(logits))
     reward = text_logprob(reader, soft, mask, text, text_mask)
     garbage = torch.where(mask[..., None], soft, torch.rand_like(soft))
     longer = torch.nn.functional.pad(garbage, (0, 0, 0, 3), value=0.1)
@@ -111,7 +116,8 @@ def test_the_reward_gives_no_gradient_to_the_stop_token_and_the_kl_does(reader):
     """The LLM's vocabulary here: 12 codes, then the stop token."""
     _, mask, text, text_mask = case()
     logits = torch.randn(3, 7, CODES + 1, generator=seeded(), dtype=torch.float64).requires_grad_()
-    text_logprob(reader, soft_tokens(logits[..., :CODES], generator=seeded()), mask, text, text_mask).sum().backward()
+    soft = soft_tokens(logits[..., :CODES], drawn(logits[..., :CODES]))
+    text_logprob(reader, soft, mask, text, text_mask).sum().backward()
     assert (logits.grad[..., -1] == 0).all() and logits.grad[..., :-1].abs().sum() > 0
     logits.grad = None
     categorical_kl(logits, torch.zeros_like(logits), mask).sum().backward()
@@ -163,7 +169,7 @@ def test_a_toy_policy_reaches_the_optimum_in_50_steps():
     optimizer, mask, generator = torch.optim.Adam([logits], lr=0.2), torch.ones(1, 5, dtype=torch.bool), seeded()
     first = None
     for _ in range(50):
-        reward = text_logprob(Known(), soft_tokens(logits, generator=generator), mask, target, mask)
+        reward = text_logprob(Known(), soft_tokens(logits, drawn(logits, generator)), mask, target, mask)
         loss = diffro_loss(reward, categorical_kl(logits, torch.zeros_like(logits), mask), beta=0.01)
         first = first or float(loss.detach())
         optimizer.zero_grad()

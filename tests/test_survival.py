@@ -50,7 +50,9 @@ def flags(tmp_path_factory):
     for name, part in (("texts.txt", slice(0, 3)), ("test.txt", slice(3, 5))):
         (root / name).write_text("\n".join(s.text for s in load_sentences("data/tts/test/plain")[part]))
     few = ["--steps", "3", "--batch", "2", "--eval-every", "2", "--device", "cpu", "--lr", "1e-3"]
-    given = lambda data, test: ["--data", str(root / data), "--dev", str(root / test), "--test", str(root / test)]  # noqa
+    def given(data, test):
+        return ["--data", str(root / data), "--dev", str(root / test), "--test", str(root / test)]
+
     texts = [*given("texts.txt", "test.txt"), "--max-seconds", "2"]
     return {grpo_asr: [*few, "--group", "2", "--max-tokens", "12", *given("train", "test")],
             grpo_tts: [*few, *texts, "--group", "2"], diffro_tts: [*few, *texts]}

@@ -170,7 +170,10 @@ def small_tests(folder):
             append_line(table, row | {"file_name": str((source / row["file_name"]).resolve())}
                         if "file_name" in row else row)
     steps = ["--steps", "2", "--batch", "2", "--group", "2", "--micro", "2"]
-    given = lambda part: ["--dev", str(part / "dev"), "--test", *map(str, sorted((part / "test").iterdir()))]  # noqa: E731
+
+    def given(part):
+        return ["--dev", str(part / "dev"), "--test", *map(str, sorted((part / "test").iterdir()))]
+
     speech = [*steps, *given(folder / "tts"), "--eval-samples", "1"]
     return {"grpo_asr.py": [*steps, *given(folder)], "grpo_tts.py": speech, "diffro_tts.py": speech}
 
