@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from engine.audio import DataError
 from engine.parallel import RANK, Shared
@@ -77,6 +78,32 @@ def prefill(policy, prompts, each, copy=True):
     if copy:
         cache.batch_repeat_interleave(each)
     return out.logits[:, -1].repeat_interleave(each, dim=0), cache
+
+
+class RoomyLayer(DynamicLayer):
+    """The keys and values of one layer, (N, heads, length, D), with room behind them, where a new token is written.
+    transformers' own layer copies all of them for each token: a fifth of chapter 2's rollout on the CPU.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values, self.room = layer.keys, layer.values, None
+
+    def update(self, keys, values, *given, **options):
+        held, length = self.keys.shape[-2], self.keys.shape[-2] + keys.shape[-2]
+        if self.room is None or length > self.room[0].shape[-2]:
+            self.room = [old.new_empty(*old.shape[:-2], length + 64, old.shape[-1]) for old in (self.keys, self.values)]
+            for room, old in zip(self.room, (self.keys, self.values)):
+                room[..., :held, :] = old
+        for room, new in zip(self.room, (keys, values)):
+            room[..., held:length, :] = new
+        self.keys, self.values = (room[..., :length, :] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.room = None
 
 
 class GraphedStep:
@@ -156,6 +183,8 @@ def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=N
     mask = prompts.mask.repeat_interleave(group, dim=0)                             # (N, L)
     if graph:                                 # copies the cache itself: two copies for N rows could fill the card
         graphed, cache = GraphedStep(policy, cache, mask, group, max_tokens), None
+    else:
+        cache.layers = [RoomyLayer(layer) for layer in cache.layers]
     position = mask.sum(dim=1)
     alive = torch.arange(len(mask), device=mask.device)                             # rows computed
     going = torch.ones_like(alive, dtype=torch.bool)                                # not yet ended

@@ -10,6 +10,7 @@ from conftest import CPU, first, untrained
 from transformers import AutoModelForMultimodalLM
 
 import grpo_asr
+from engine import sampling
 from engine.audio import DataError
 from engine.models import add_adapters
 from engine.recognisers import collate
@@ -139,6 +140,17 @@ def test_dropping_ended_rows_changes_nothing(recogniser, clips, monkeypatch):
     assert torch.equal(mask[:, :width], rollout.mask) and not mask[:, width:].any()
     assert (plain.ids[:, :width] == rollout.ids)[rollout.mask].all()
     assert close(plain.logp[:, :width], rollout.logp, rollout.mask)
+
+
+def test_room_behind_the_keys_changes_nothing(recogniser, clips, monkeypatch):
+    """Rows that leave at different times, and more tokens than there is room for at first, bit for bit."""
+    rare, asked = list(range(20)), encode(recogniser[2], collate(recogniser[1], clips[:3], "en"))
+    with_room = sample(recogniser[2], asked, 4, 150, rare, 2.0, generator_for(0, 0, CPU))
+    monkeypatch.setattr(sampling, "RoomyLayer", lambda layer: layer)
+    plain = sample(recogniser[2], asked, 4, 150, rare, 2.0, generator_for(0, 0, CPU))
+    lengths = with_room.mask.sum(dim=1)
+    assert int(lengths.min()) < 64 < 128 < int(lengths.max())
+    assert torch.equal(with_room.ids, plain.ids) and torch.equal(with_room.logp, plain.logp)
 
 
 def test_what_a_gpu_captures_is_the_plain_step(recogniser, clips, monkeypatch):
