@@ -27,8 +27,8 @@ from engine.text import by_character, normalize_text
 
 EMBEDDED = Path(__file__).resolve().parent / "data"
 POOLS = {EMBEDDED / name for name in ("d0", "d1", "d2_long", "d2_short", "d3", "tts/train.jsonl")}     # to train on
-TESTS = ("short", "long", "keywords", "noise", "source")  # of the embedded test sets, in the order of the table
-SPOKEN = ("plain",)                                        # those of chapters 2 and 3
+TESTS = ("short", "long", "keywords", "noise", "open")    # of the embedded test sets, in the order of the table
+SPOKEN = ("plain", "hard")                                # those of chapters 2 and 3
 FASTEST = 7, 14     # words, or characters, a second: no one speaks so fast
 
 

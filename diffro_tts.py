@@ -18,7 +18,7 @@ sample each, as in the paper. Left out: the multi-task rewards of [DR] (emotion,
     python diffro_tts.py --steps 200
     python diffro_tts.py --steps 200 --method grpo+diffro --filter positive --rewards R1,R2
 
-Last line:  plain WER by the second judge: 21.4 % -> 11.1 % (-48 %) in 20 steps.  Everything is in runs/diffro_tts-...
+Last line: the WER of `plain` by the second judge, before and after, and where everything is: runs/diffro_tts-...
 """
 import functools
 from dataclasses import replace

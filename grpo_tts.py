@@ -20,7 +20,7 @@ the same idea on one card).
         --speaker microsoft/wavlm-base-plus-sv --data texts.txt --voices DIR --lr 1e-5 \
         --quantize 8bit --offload --group 4 --micro 2                           published ones, on a card of 8 GB
 
-Last line:  plain WER by the second judge: 20.3 % -> 13.4 % (-34 %) in 100 steps.  Everything is in runs/grpo_tts-...
+Last line: the WER of `plain` by the second judge, before and after, and where everything is: runs/grpo_tts-...
 """
 import functools
 from dataclasses import replace

@@ -72,7 +72,7 @@ def parse_speech(argv=None, about=None, diffro=False):
                    help="recordings, with their texts, of the voices to speak in (default: data/tts/voices)")
     g.add_argument("--language", default="en", help="of the judges and the normaliser (default: en)")
     g.add_argument("--rewards", default="R1", help="R1 accuracy, R2 duration, R3 diversity (default: R1)")
-    g.add_argument("--max-seconds", type=float, default=6, help="longest speech a sample may have (default: 6)")
+    g.add_argument("--max-seconds", type=float, default=10, help="longest speech a sample may have (default: 10)")
     g.add_argument("--skip-bad", action="store_true", help="leave out and count bad lines of the data")
     if diffro:
         g = p.add_argument_group("DiffRO")
@@ -87,10 +87,10 @@ def parse_speech(argv=None, about=None, diffro=False):
                        "(straight-through), which is the paper's")
     g = p.add_argument_group("GRPO")
     if diffro:                                                      # None: depends on --method
-        add_grpo(g, batch=(None, "texts a step (default: 16, as in the paper; beside GRPO 4)"),
+        add_grpo(g, batch=(None, "texts a step (default: 16, as in the paper; beside GRPO 2)"),
                  group=(None, "samples a text (default: 1, beside GRPO 8, both as in the paper)"), micro=16)
     else:
-        add_grpo(g, batch=(4, "texts a step (default: 4; paper: 16)"),
+        add_grpo(g, batch=(2, "texts a step (default: 2; paper: 16)"),
                  group=(8, "samples a text (default: 8, as in the paper)"), micro=16)
     add_run(p)
     p.add_argument("--eval-samples", type=int, default=1, help="of each test text: the WER of one each scatters by 2.7 "
@@ -163,7 +163,7 @@ def read(p, argv):
         args.group, args.beta = 1, 0.0
     if "filter" in args:
         alone = args.method == "diffro"
-        args.batch = (16 if alone else 4) if args.batch is None else args.batch
+        args.batch = (16 if alone else 2) if args.batch is None else args.batch
         args.group = (1 if alone else 8) if args.group is None else args.group
         args.filter = args.filter or ("positive" if args.method == "grpo+diffro" else "none")
     check(p, args)

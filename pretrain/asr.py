@@ -1,13 +1,17 @@
 """The recognisers and what they hear: the training corpus, both models, RL pools and test sets of chapter 1.
 
 The stages, called by `python -m pretrain STAGE`:
-    corpus       speak the training corpus, keep its features                      build/corpus.pt
-    decoded      features of what the codec says                                   build/decoded.pt
-    asr, asr2    the policy of chapter 1; a smaller one, of another seed           checkpoints/asr, checkpoints/asr2
-    sets         RL pools D0-D3 and the test sets, from both                       data/
+    speech       speak the training corpus, for all models          build/speech.pt, sound; build/corpus.pt, features
+    decoded      features of what the codec says                    build/decoded.pt
+    asr, asr2    the policy of chapter 1; a smaller one, of another seed and fewer voices
+    asr_on, asr2_on    both, with what the codec says among it      checkpoints/asr, checkpoints/asr2
+    sets         RL pools D0-D3 and the test sets, from both        data/
+    check        how well they read every voice, as spoken and after the codec
 Everything here is our choice; the class is that of the published checkpoint.
 """
+import collections
 import copy
+import itertools
 import json
 import math
 import multiprocessing
@@ -18,6 +22,7 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import torch
+import torchaudio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
@@ -32,7 +37,8 @@ from transformers import (
 from engine.judges import Judge
 from engine.models import mend_attention
 from engine.run import pick_device
-from pretrain import corpus, tts
+from pretrain import codec, corpus
+from pretrain.graph import graphed_by_shape, up_to
 from rewards import repeats_itself
 
 BUILD, CHECKPOINTS, DATA = Path("build"), Path("checkpoints"), Path("data")
@@ -65,10 +71,12 @@ CHAT_TEMPLATE = r"""{%- set nl = '\n' -%}
 {{ '<|im_end|>\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
-SIZES = {  # encoder layers, width, FFN; LLM layers, width, FFN
-    "asr": dict(encoder_layers=6, width=256, encoder_ffn=1024, llm_layers=4, llm_ffn=768, seed=1),
-    "asr2": dict(encoder_layers=5, width=192, encoder_ffn=768, llm_layers=3, llm_ffn=576, seed=2),
+SIZES = {  # encoder layers, width, FFN; LLM layers, FFN
+    "asr": dict(encoder_layers=8, width=256, encoder_ffn=1024, llm_layers=4, llm_ffn=1024, seed=1),
+    "asr2": dict(encoder_layers=6, width=208, encoder_ffn=832, llm_layers=4, llm_ffn=640, seed=2),
 }
+UNKNOWN_TO_ASR2 = corpus.ESPEAK[::2]      # formant voices that the second recogniser does not hear in training
+HELD = 256                                # the last rows of corpus and tokens are for checking only
 
 
 # ---- tokenizer, processor, model ---------------------------------------------------------------------------
@@ -117,75 +125,148 @@ def build_recogniser(processor, encoder_layers, width, encoder_ffn, llm_layers, 
 def plan_corpus(count, seed):
     """What will be said: rows (text, spoken text, keywords, voice, snr_db or None, kind of noise, seed).
 
-    Four fifths single sentences, some of them with a short repetition; the rest two to ten in one go (5 to 30 s);
-    three in a hundred are noise without words. A quarter of the speech is in noise of 10 to 25 dB.
+    Of a hundred 3 are noise without words, 4 genuine repetitions, 13 sentences of the grammar, 10 two to seven open
+    sentences in one go, the others one; of the open ones a third as people say them. Keywords are names, or words that
+    open English says five times at most.
     """
     rng = np.random.default_rng(seed)
-    singles = corpus.unique_sentences(rng, count, set(), held_out=False)
-    short_repeats = [corpus.sentence(rng, "repeat", repeats=(2, 3)) for _ in range(2 * count // 100)]
-    rows = []
+    counts = collections.Counter(word for text in corpus.open_sentences() for word in text.split())
+    rare = lambda text: [w for w in dict.fromkeys(text.split()) if counts[w] <= 5 and len(w) > 4]  # noqa: E731
+    ours = {text for name in ("open", "plain", "hard") for text in own_sentences(name)}
+
+    def in_turn(texts):
+        texts = [text for text in texts if not corpus.reserved(text) and text not in ours]
+        while True:
+            yield from rng.permutation(texts).tolist()
+
+    written, spoken = in_turn(corpus.written()), in_turn(corpus.spoken())
+    rows, names = [], corpus.unique_sentences(rng, count * 13 // 100 + 100, set(), held_out=False)
     for i in range(count):
-        kind, said = rng.random(), singles[i]
+        kind, keywords, voice = rng.random(), None, corpus.any_voice(rng)
         if kind < 0.03:
             rows.append(("", "", [], None, None, str(rng.choice(["white", "pink", "hum", "silence"])), seed + i))
             continue
-        spoken = said[0]
-        if kind < 0.05:
-            said = short_repeats[int(rng.integers(len(short_repeats)))]
-            spoken = said[0]
-        elif kind < 0.20:
-            chosen = [singles[j] for j in rng.integers(count, size=rng.integers(2, 11))]
-            spoken, keywords = corpus.paragraph(chosen)
-            said = (spoken.replace(".", ""), keywords)
-        voice = corpus.SOURCE_VOICES[int(rng.integers(len(corpus.SOURCE_VOICES)))]
-        snr = float(rng.uniform(10, 25)) if rng.random() < 0.25 else None
-        rows.append((said[0], spoken, said[1], voice, snr, str(rng.choice(["white", "pink", "hum"])), seed + i))
+        if kind < 0.07:
+            said, keywords = corpus.sentence(rng, "repeat", repeats=(2, 6), unknown=False)
+        elif kind < 0.20 and names:
+            said, keywords = names.pop()
+        else:
+            said = ". ".join(next(spoken if rng.random() < 0.35 else written)
+                             for _ in range(int(rng.integers(2, 8)) if kind < 0.30 else 1))
+        text = said.replace(".", "")
+        snr = float(rng.uniform(8, 25)) if rng.random() < 0.25 else None
+        rows.append((text, said, rare(text) if keywords is None else keywords, voice, snr,
+                     str(rng.choice(["white", "pink", "hum"])), seed + i))
     return rows
 
 
-def record(row):
-    """The waveform of one planned row: float32 (samples,) at 16 kHz."""
-    _, spoken, _, voice, snr, kind, seed = row
-    rng = np.random.default_rng([seed, 7])
-    if not spoken:
-        level = 1.0 if kind == "silence" else rng.uniform(0.02, 0.2)
-        return level * corpus.noise(rng, int(rng.uniform(1, 5) * corpus.SAMPLE_RATE), kind)
-    wave = corpus.speak(spoken, voice, rng)
-    return wave if snr is None else corpus.add_noise(wave, snr, rng, kind)
+def record(rows):
+    """Rows of one voice -> for each where it is found: (file, place). In the file: features of the recogniser, in noise
+    where the row says so, and samples, peak LEVEL, as int16 at 16 kHz (none unless chapters 2 and 3 learn from them).
+    """
+    torch.set_num_threads(1)                                # a process a core: more threads would wait for each other
+    extractor, samples, features = FunAsrNanoFeatureExtractor(), [], []
+    for row, wave in zip(rows, voiced(rows)):
+        _, spoken, _, voice, *_, seed = row
+        kept = voice is not None and "." not in spoken and (voice[0] != "espeak-ng" or seed % 3 == 0)
+        samples.append(np.round(wave * 32767).astype(np.int16) if kept else np.zeros(0, np.int16))
+        heard = extractor(in_noise(row, another_voice(row, wave)), sampling_rate=corpus.SAMPLE_RATE).input_features[0]
+        features.append(heard.to(torch.float16).numpy())
+    file = BUILD / "parts" / f"{rows[0][-1]}.npz"                       # hours of sound are too much for a pipe
+    np.savez(file, samples=np.concatenate(samples), features=np.concatenate(features),
+             lengths=[*map(len, samples)], frames=[*map(len, features)])
+    return [(file, place) for place in range(len(rows))]
 
 
-def features_of(row):
-    """The processor's own features of a planned row or a waveform: float16 (frames of 60 ms, 560)."""
-    torch.set_num_threads(1)
-    extractor = FunAsrNanoFeatureExtractor()
-    wave = row if isinstance(row, np.ndarray) else record(row)
-    return extractor(wave, sampling_rate=corpus.SAMPLE_RATE).input_features[0].to(torch.float16).numpy()
+def voiced(rows):
+    """The waveforms of rows of one voice, without their noise; noise alone where there is no voice: float32, 16 kHz."""
+    rngs = [np.random.default_rng([row[-1], 7]) for row in rows]
+    if rows[0][3] is not None:
+        return corpus.speak([row[1] for row in rows], rows[0][3], rngs)
+    return [(1.0 if kind == "silence" else rng.uniform(0.02, 0.2)) * corpus.noise(
+        rng, int(rng.uniform(1, 5) * corpus.SAMPLE_RATE), kind) for (*_, kind, _), rng in zip(rows, rngs)]
+
+
+def another_voice(row, wave):
+    """Half of the waves as they are, the others faster or slower by up to a fifth with their pitch and formants: voices
+    that no program has."""
+    rng = np.random.default_rng([row[-1], 9])
+    if rng.random() < 0.5:
+        return wave
+    return torchaudio.functional.resample(torch.from_numpy(wave), 20, int(rng.integers(17, 25))).numpy()
+
+
+def in_noise(row, wave):
+    *_, snr, kind, seed = row
+    return wave if snr is None else corpus.add_noise(wave, snr, np.random.default_rng([seed, 8]), kind)
+
+
+def processes():
+    """Processes that are copies of one that has imported all this: sixty that import torch at once take half a minute.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pretrain.asr"])
+    return context
+
+
+def in_parallel(work, rows, workers, chunk=24):
+    """`work` on all rows on all cores, those of one voice together: the results in the order of the rows."""
+    by_voice = sorted(range(len(rows)), key=lambda i: str(rows[i][3]))
+    parts = [same[i:i + chunk] for _, same in itertools.groupby(by_voice, key=lambda i: rows[i][3])
+             for same in [list(same)] for i in range(0, len(same), chunk)]
+    parts.sort(key=lambda part: "piper" not in str(rows[part[0]][3]))                        # the slowest first
+    found = [None] * len(rows)
+    with ProcessPoolExecutor(workers, processes()) as pool:
+        results = pool.map(work, [[rows[i] for i in part] for part in parts])
+        for part, result in zip(parts, tqdm(results, total=len(parts), desc="speak", mininterval=5)):
+            for i, one in zip(part, result):
+                found[i] = one
+    return found
 
 
 def speak_corpus(args):
-    """Speaks the training corpus on all cores and keeps its features in build/corpus.pt."""
-    rows = plan_corpus(args.count, args.seed)
-    started = time.time()
-    with ProcessPoolExecutor(args.workers) as pool:
-        found = list(tqdm(pool.map(features_of, rows, chunksize=32), total=len(rows), desc="speak", mininterval=5))
-    BUILD.mkdir(exist_ok=True)
-    torch.save({"features": torch.from_numpy(np.concatenate(found)), "frames": torch.tensor([len(f) for f in found]),
-                "text": [r[0] for r in rows], "keywords": [r[2] for r in rows]}, BUILD / "corpus.pt")
-    hours = sum(len(f) for f in found) * 0.06 / 3600
-    print(f"corpus: {len(rows)} utterances, {hours:.1f} h, {time.time() - started:.0f} s")
+    """Speaks the training corpus: build/corpus.pt with the features of all, build/speech.pt with the samples of those
+    that chapters 2 and 3 learn from, one after another."""
+    rows, started = plan_corpus(args.count, args.seed), time.time()
+    (BUILD / "parts").mkdir(parents=True, exist_ok=True)
+    places, found = in_parallel(record, rows, args.workers), {}
+    for file in {file for file, _ in places}:
+        with np.load(file) as part:
+            found[file] = [np.split(part[what], np.cumsum(part[sizes])[:-1])
+                           for what, sizes in (("samples", "lengths"), ("features", "frames"))]
+        file.unlink()
+    samples, features = ([found[file][k][place] for file, place in places] for k in (0, 1))
+    save_features(features, [r[0] for r in rows], [r[2] for r in rows], [r[3] and r[3][1] for r in rows], "corpus")
+    kept = [i for i, wave in enumerate(samples) if len(wave)]
+    torch.save({"samples": torch.from_numpy(np.concatenate([samples[i] for i in kept])),
+                "lengths": torch.tensor([len(samples[i]) for i in kept]), "text": [rows[i][0] for i in kept],
+                "voice": [rows[i][3][1] for i in kept]}, BUILD / "speech.pt")
+    hours = sum(map(len, features)) * 0.06 / 3600
+    print(f"speech: {len(rows)} utterances, {hours:.1f} h, {len(kept)} kept as sound; {time.time() - started:.0f} s")
+
+
+def save_features(features, texts, keywords, voices, name):
+    """build/NAME.pt: features (all frames, 560) as float16, frames of each row, and what was said by whom."""
+    torch.save({"features": torch.from_numpy(np.concatenate(features)), "frames": torch.tensor([*map(len, features)]),
+                "text": texts, "keywords": keywords, "voice": voices}, BUILD / f"{name}.pt")
+
+
+def features_of(wave):
+    """The processor's own features of a waveform: float16 (frames of 60 ms, 560)."""
+    torch.set_num_threads(1)
+    heard = FunAsrNanoFeatureExtractor()(wave, sampling_rate=corpus.SAMPLE_RATE).input_features[0]
+    return heard.to(torch.float16).numpy()
 
 
 def hear_decoded(args):
-    """Features of the first sentences of build/tokens as the codec says them: build/decoded.pt, a part of the training
-    corpus, since both recognisers judge such speech in chapters 2 and 3."""
-    rows, started = tts.read_tokens(BUILD / "tokens")[256:256 + args.decoded_count], time.time()
-    waves = tts.decode_tokens(tts.load_codec(pick_device(args.device)),
-                                       [np.array(r["tokens"]) for r in rows])
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-        found = list(tqdm(pool.map(features_of, waves, chunksize=32), total=len(rows), desc="hear", mininterval=5))
-    torch.save({"features": torch.from_numpy(np.concatenate(found)), "frames": torch.tensor([len(f) for f in found]),
-                "text": [r["text"] for r in rows], "keywords": [corpus.keywords_in(r["text"]) for r in rows]},
-               BUILD / "decoded.pt")
+    """Features of sentences of build/tokens as the codec says them: build/decoded.pt, which the recognisers hear too,
+    since both judge such speech in chapters 2 and 3."""
+    rows, started = codec.read_tokens(BUILD / "tokens")[HELD:HELD + args.decoded_count], time.time()
+    waves = codec.decode_tokens(codec.load_codec(pick_device(args.device)), [np.array(r["tokens"]) for r in rows])
+    with ProcessPoolExecutor(args.workers, processes()) as pool:
+        features = list(tqdm(pool.map(features_of, waves, chunksize=32), total=len(rows), desc="hear", mininterval=5))
+    save_features(features, [r["text"] for r in rows], [corpus.keywords_in(r["text"]) for r in rows],
+                  [r["voice"] for r in rows], "decoded")
     print(f"decoded: {len(rows)} utterances, {time.time() - started:.0f} s")
 
 
@@ -195,80 +276,90 @@ def tokenized(processor, texts, keywords, seed):
     """Prompt pieces and targets as lists of ids: [(before audio, after audio, target)] in two forms, without and
     with keywords in the prompt. The keyword list holds the sentence's own and as many that are not said."""
     rng = np.random.default_rng([seed, 1])
-    everyone = np.array(corpus.NAMES + corpus.PLACES)
-    forms = []
-    for with_keywords in (False, True):
-        conversations = []
-        for own in keywords:
-            content = [{"type": "audio"}, {"type": "language", "language": "英文"}]
-            if with_keywords:
-                listed = list(own) + list(rng.choice(everyone, size=rng.integers(1, 5), replace=False))
-                rng.shuffle(listed)
-                content.insert(1, {"type": "keywords", "keywords": [str(k) for k in dict.fromkeys(listed)]})
-            conversations.append([{"role": "user", "content": content}])
-        prompts = processor.tokenizer.apply_chat_template(
-            conversations, chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True)
-        halves = [p.split("<|object_ref_start|>") for p in prompts]
-        encode = lambda strings: processor.tokenizer(strings, add_special_tokens=False).input_ids  # noqa: E731
-        forms.append(list(zip(encode([h[0] for h in halves]), encode([h[1] for h in halves]),
-                              encode([t + "<|im_end|>" for t in texts]))))
+    everyone = np.array(sorted({word for own in keywords for word in own}))
+    encode = lambda strings: processor.tokenizer(strings, add_special_tokens=False).input_ids  # noqa: E731
+    targets, forms = encode([text + "<|im_end|>" for text in texts]), []
+    for lists in ([], [{"type": "keywords", "keywords": ["@"]}]):
+        content = [{"type": "audio"}, *lists, {"type": "language", "language": "英文"}]
+        prompt = processor.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                         chat_template=CHAT_TEMPLATE, add_generation_prompt=True)
+        before, after = prompt.split("<|object_ref_start|>")
+        befores = [before] * len(texts)
+        if lists:
+            others = everyone[rng.integers(len(everyone), size=(len(texts), 4))]
+            listed = [[*own, *map(str, more[:rng.integers(1, 5)])] for own, more in zip(keywords, others)]
+            befores = [before.replace("@", ", ".join(rng.permutation(list(dict.fromkeys(own))))) for own in listed]
+        forms.append([(ids, end, target) for ids, end, target in zip(
+            encode(befores) if lists else encode([before]) * len(texts), encode([after]) * len(texts), targets)])
     return forms
 
 
 def collate(rows, frames, audio_id, pad_id):
-    """Rows (before, after, target) with their audio lengths -> ids, mask, labels, all (N, L), padded on the right."""
+    """Rows (before, after, target) with their audio lengths -> ids and labels, both (N, L), padded on the right."""
     sequences = [before + [audio_id] * int(n) + after + target for (before, after, target), n in zip(rows, frames)]
-    length = max(map(len, sequences))
-    ids = np.full((len(rows), length), pad_id)
-    labels = np.full((len(rows), length), -100)
-    mask = np.zeros((len(rows), length), dtype=np.int64)
+    length = up_to(max(map(len, sequences)), 32)
+    ids, labels = np.full((len(rows), length), pad_id), np.full((len(rows), length), -100)
     for i, (sequence, row) in enumerate(zip(sequences, rows)):
         ids[i, :len(sequence)] = sequence
-        mask[i, :len(sequence)] = 1
         labels[i, len(sequence) - len(row[2]):len(sequence)] = row[2]
-    return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels)
+    return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
-def train_recogniser(args, name):
-    """Supervised training of one recogniser on build/decoded.pt and build/corpus.pt: checkpoints/NAME, in bf16."""
-    parts = [torch.load(BUILD / f"{part}.pt", weights_only=True) for part in ("decoded", "corpus")]
-    texts, keywords = (sum((part[key] for part in parts), []) for key in ("text", "keywords"))
-    frames = torch.cat([part["frames"] for part in parts])
-    if args.go_on:
-        folder = CHECKPOINTS / name
+def rounded(frames):
+    """Frames (N,) rounded up to 16, long ones to 64."""
+    return torch.where(frames > 128, up_to(frames, 64), up_to(frames, 16))
+
+
+def warp(x, generator, most=0.12):
+    """Features (N, frames, 7 x 80) as of longer or shorter vocal tracts: the mel axis stretched by up to `most`."""
+    factor = 1 + most * (2 * torch.rand((len(x), 1, 1, 1), generator=generator, device=x.device) - 1)
+    at = (torch.arange(80, device=x.device) * factor).clamp(max=78.99)                      # (N, 1, 1, 80)
+    low, mel = at.floor().long().expand(*x.shape[:2], 7, 80), x.view(*x.shape[:2], 7, 80)
+    mixed = torch.lerp(mel.gather(3, low), mel.gather(3, low + 1), (at - at.floor()))
+    return mixed.flatten(2)
+
+
+def train_recogniser(args, name, on=False):
+    """Supervised training of one recogniser on build/corpus.pt: checkpoints/NAME, in bf16. `on`: from what is there,
+    and on build/decoded.pt as well.
+    """
+    parts = [torch.load(BUILD / f"{part}.pt", weights_only=True) for part in ["decoded", "corpus"][not on:]]
+    texts, keywords, voices = (sum((part[key] for part in parts), []) for key in ("text", "keywords", "voice"))
+    frames, size, folder = torch.cat([part["frames"] for part in parts]), SIZES[name], CHECKPOINTS / name
+    if on:
         processor = FunAsrNanoProcessor.from_pretrained(folder)
         model = mend_attention(FunAsrNanoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
     else:
         processor = build_processor(texts)
-        model = build_recogniser(processor, **SIZES[name])
-    size = SIZES[name]["seed"]
+        model = build_recogniser(processor, **size)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True      # fewer kernels than autocast
     device = pick_device(args.device)
-    cuda = device.type == "cuda"
     model.to(device).train()
     features = torch.cat([part["features"] for part in parts]).to(device)             # (all frames, 560)
     offsets = torch.cumsum(frames, 0) - frames
-    forms = tokenized(processor, texts, keywords, size)
-    rng, generator = np.random.default_rng(size), torch.Generator(device).manual_seed(size)
-    held = 256                                                           # the last rows are for checking only
-    usable = len(texts) - held
+    forms = tokenized(processor, texts, keywords, size["seed"])
+    rng = np.random.default_rng([size["seed"], on])
+    generator = torch.Generator(device).manual_seed(size["seed"])
+    usable = np.array([i for i, voice in enumerate(voices[:-HELD]) if name == "asr" or voice not in UNKNOWN_TO_ASR2])
+    steps, lr = (args.on_steps, 0.5 * args.lr) if on else (args.train_steps, args.lr)
     # A CTC head on the audio embeddings, for training alone, as the encoder of the real family had. Without it the LLM
-    # learned the grammar (0.8 nats a token) and hardly listened within 2,400 steps.
+    # learned the grammar (0.8 nats a token) and hardly listened within 2,400 steps. Who listens needs it no more.
     ctc_head = torch.nn.Linear(model.config.text_config.hidden_size, len(processor.tokenizer) + 1).to(device)
     weights = [*model.parameters(), *ctc_head.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=cuda)
-    warm = max(1, args.train_steps // 15)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / warm) * 0.5 * (
-        1 + math.cos(math.pi * min(1, s / args.train_steps))) + 1e-3)
+    optimizer = torch.optim.AdamW(weights, lr=torch.tensor(lr, device=device), weight_decay=0.01, betas=(0.9, 0.98),
+                                  fused=device.type == "cuda", capturable=device.type == "cuda")
     audio_id, pad_id = model.config.audio_token_id, processor.tokenizer.pad_token_id
 
     def gather(index, augment):
+        """Features (N, T, 560) and mask (N, T) of these rows."""
         n = frames[index]
-        span = torch.arange(int(n.max()))
-        mask = span < n[:, None]                                              # (N, frames)
+        span = torch.arange(int(rounded(n).max()))
+        mask = span < n[:, None]
         at = (offsets[index, None] + span).where(mask, torch.zeros(()).long()).to(device)
         mask = mask.to(device)
-        x = features[at].float()                                              # (N, frames, 560)
+        x = features[at].float()
         if augment:                                                        # SpecAugment: 2 spans, 2 mel bands
+            x = warp(x, generator)
             r = torch.rand((6, len(index), 1), generator=generator, device=device)
             t = torch.arange(x.shape[1], device=device)
             band = torch.arange(x.shape[2], device=device) % 80
@@ -277,117 +368,205 @@ def train_recogniser(args, name):
                 x = x.masked_fill(((t >= start) & (t < start + 5 * r[4]))[..., None], -6.0)
                 low = r[2 + i] * 80
                 x = x.masked_fill(((band >= low) & (band < low + 14 * r[5]))[:, None], -6.0)
-            x = x + 1.5 * (torch.rand((len(index), 1, 1), generator=generator, device=device) - 0.5)  # loudness
+            x = x + 3 * (torch.rand((len(index), 1, 1), generator=generator, device=device) - 0.5)  # loudness
         return x * mask[..., None], mask.long()
 
     def batches():
+        """Rows of about the same length, few when they are long; each kind has one size, so there are few shapes."""
+        sizes = rounded(frames[usable]).numpy()
         while True:
-            order = rng.permutation(usable)
-            for start in range(0, usable - args.batch + 1, args.batch * 16):
-                chunk = order[start:start + args.batch * 16]
-                chunk = chunk[np.argsort(frames[chunk].numpy(), kind="stable")]
-                parts = [chunk[i:i + args.batch] for i in range(0, len(chunk), args.batch)]
-                yield from (parts[i] for i in rng.permutation(len(parts)))
+            parts = []
+            for longest in np.unique(sizes):
+                rows, count = rng.permutation(usable[sizes == longest]), min(args.batch, 96 * args.batch // longest)
+                parts += [rows[i:i + count] for i in range(0, len(rows) - count + 1, count)]
+            yield from (parts[i] for i in rng.permutation(len(parts)))
 
-    def loss_on(index, with_keywords, augment):
+    def inputs(index, with_keywords, augment):
+        """What `hear` reads, and the labels (N, L); then what CTC reads."""
         rows = [forms[int(k)][i] for i, k in zip(index, with_keywords)]
-        ids, mask, labels = (t.to(device) for t in collate(rows, frames[index], audio_id, pad_id))
-        x, x_mask = gather(torch.as_tensor(index), augment)
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            out = model(input_ids=ids, attention_mask=mask, input_features=x, input_features_mask=x_mask, labels=labels)
-            heard = ctc_head(out.audio_hidden_states)                               # (valid frames, V + 1)
-        padded = heard.new_zeros((*x_mask.shape, heard.shape[-1])).float()
-        padded[x_mask.bool()] = torch.log_softmax(heard.float(), dim=-1)
-        targets = [torch.tensor(row[2][:-1], dtype=torch.long) for row in rows]
-        ctc = torch.nn.functional.ctc_loss(
-            padded.transpose(0, 1), torch.cat(targets).to(device), frames[index], torch.tensor(list(map(len, targets))),
-            blank=heard.shape[-1] - 1, zero_infinity=True)
-        return out.loss, ctc
+        ids, labels = collate(rows, frames[index], audio_id, pad_id)
+        start = torch.tensor([len(before) for before, _, _ in rows])
+        ctc = [torch.tensor(row[2][:-1], dtype=torch.long) for row in rows], frames[index]
+        return [*gather(torch.as_tensor(index), augment), *(t.to(device) for t in (ids, start, labels))], ctc
 
-    started, stream = time.time(), batches()
-    for step in range(args.train_steps):
-        index = next(stream)
-        loss, ctc = loss_on(index, rng.random(len(index)) < 0.3, augment=True)
+    def hear(x, x_mask, ids, start, labels):
+        """Features (N, T, 560) and tokens (N, L), audio's from `start` (N,) on -> loss, audio embeddings (N, T, D).
+
+        What the class computes, without the copies and waits of its general case: right padding needs no mask.
+        """
+        audio = model.model.multi_modal_projector(model.model.audio_tower(
+            input_features=x, input_features_mask=x_mask).last_hidden_state, x_mask)
+        at = (torch.arange(ids.shape[1], device=ids.device) - start[:, None]).clamp(0, audio.shape[1] - 1)
+        placed = audio.gather(1, at[..., None].expand(-1, -1, audio.shape[2]))                    # (N, L, D)
+        embeds = torch.where((ids == audio_id)[..., None], placed, model.get_input_embeddings()(ids))
+        hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[:, :-1])
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()), audio
+
+    def ctc_loss(audio, targets, n):
+        heard = torch.log_softmax(ctc_head(audio), dim=-1)
+        return torch.nn.functional.ctc_loss(
+            heard.transpose(0, 1), torch.cat(targets).to(device), n, torch.tensor(list(map(len, targets))),
+            blank=heard.shape[-1] - 1, zero_infinity=True)
+
+    def train(*given, ctc=None):
+        loss, audio = hear(*given)
+        total = loss + args.ctc * ctc_loss(audio, *ctc) if ctc else loss
         optimizer.zero_grad(set_to_none=True)
-        (loss + args.ctc * ctc).backward()
+        total.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        schedule.step()
-        if step % 200 == 0 or step == args.train_steps - 1:
+        return loss.detach()
+
+    started, stream, last = time.time(), batches(), np.arange(len(texts) - HELD, len(texts))
+    one_step = graphed_by_shape(train) if on else train
+    for step in range(1, steps + 1):
+        index = next(stream)
+        given, ctc = inputs(index, rng.random(len(index)) < 0.3, augment=True)
+        optimizer.param_groups[0]["lr"].fill_(lr * min(1, step / 400) * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        loss = one_step(*given) if on else train(*given, ctc=ctc)
+        last_one = step == steps
+        if step % 500 == 0 or step == 20 or last_one:
             model.eval()
             with torch.inference_mode():
-                check = [float(loss_on(np.arange(usable, len(texts)), np.full(held, k), False)[0]) for k in (0, 1)]
+                check = [float(hear(*inputs(last, np.full(HELD, k), False)[0])[0]) for k in (0, 1)]
             model.train()
-            print(f"{name} step {step} loss {float(loss.detach()):.4f} unseen {check[0]:.4f} with keywords "
-                  f"{check[1]:.4f} ctc {float(ctc.detach()):.3f} {time.time() - started:.0f} s", flush=True)
-            copy.deepcopy(model).to(torch.bfloat16).save_pretrained(CHECKPOINTS / name)
-            processor.save_pretrained(CHECKPOINTS / name)
-    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-          f"{time.time() - started:.0f} s, saved in {CHECKPOINTS / name}")
+            print(f"{name} step {step} loss {float(loss):.4f} unseen {check[0]:.4f} with keywords {check[1]:.4f} "
+                  f"{time.time() - started:.0f} s", flush=True)
+        if step % 1000 == 0 or last_one:
+            copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+            processor.save_pretrained(folder)
+    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {steps} steps, "
+          f"{time.time() - started:.0f} s, saved in {folder}")
 
 
 # ---- RL pools and test sets --------------------------------------------------------------------------------
 
 def plan_sets(seed):
-    """What the sets will say: {set: rows as in plan_corpus}; no sentence stands in two of them, or in training."""
-    rng = np.random.default_rng([seed, 3])
-    taken, plan = set(), {}
+    """What the sets will say: {set: rows as in plan_corpus}; no sentence stands in two of them, or in training.
 
-    def domain(texts, source=False):
-        rows = []
+    The domain is the grammar, all its names, and everyday sentences, four to one, in an accent that pretraining never
+    heard, a fifth of it in noise. `open` is everyday sentences in voices of training.
+    """
+    rng = np.random.default_rng([seed, 3])
+    taken, plan, own = set(), {}, own_sentences("open")
+    own = [own[i] for i in rng.permutation(len(own))]
+
+    def domain(texts):
+        kinds, rows = ["pink", "rumble", "brown", "tones", "clicks"], []
         for spoken, keywords in texts:
-            voices = corpus.SOURCE_VOICES if source else corpus.HELD_OUT
-            noisy = not source and rng.random() < NOISY_SHARE
-            kinds = ["pink", "rumble", "brown", "tones", "clicks"]
-            rows.append((spoken.replace(".", ""), spoken, keywords, voices[int(rng.integers(len(voices)))],
-                         float(rng.uniform(*TARGET_SNR)) if noisy else None, str(rng.choice(kinds)),
-                         int(rng.integers(1 << 40))))
+            snr = float(rng.uniform(*TARGET_SNR)) if rng.random() < NOISY_SHARE else None
+            rows.append((spoken.replace(".", ""), spoken, keywords, corpus.HELD_OUT[int(rng.integers(4))], snr,
+                         str(rng.choice(kinds)), int(rng.integers(1 << 40))))
         return rows
 
     def texts(count, kind="any", length=(1, 1)):
         sizes = rng.integers(length[0], length[1] + 1, size=count)
         return [corpus.paragraph(corpus.unique_sentences(rng, int(n), taken, kind)) for n in sizes]
 
+    def mixed(count):
+        """A fifth of them everyday sentences."""
+        found = texts(count - count // 5) + [(own.pop(), []) for _ in range(count // 5)]
+        return [found[i] for i in rng.permutation(count)]
+
     def wordless(count, kinds):
         return [("", "", [], None, None, str(rng.choice(kinds)), int(rng.integers(1 << 40))) for _ in range(count)]
 
     every = ["white", "pink", "brown", "hum", "rumble", "tones", "clicks", "silence"]
-    plan["test/short"] = domain(texts(200))
-    plan["test/long"] = domain(texts(50, length=(6, 8)))
+    plan["dev"] = domain(mixed(100))
+    plan["test/short"] = domain(mixed(200))
+    plan["test/long"] = domain(texts(70, length=(7, 10)))       # candidates: 50 of 20 to 30 s are kept
     plan["test/keywords"] = domain(texts(150, "keywords"))
     plan["test/noise"] = wordless(64, every)
-    plan["test/source"] = domain(texts(200), source=True)
-    plan["d0"] = domain(texts(380)) + wordless(20, every)
-    plan["d1"] = domain(texts(1200)) + domain(texts(60, "repeat"))  # candidates
-    plan["d2_short"] = domain(texts(400))  # candidates: the 150 shortest are kept
-    plan["d2_long"] = domain(texts(200, length=(2, 4)))
-    plan["d3"] = domain(texts(400, "keywords"))
-    plan["d1"] += domain(texts(400))  # behind the others, so that they stay what they are
-    plan["dev"] = domain(texts(100))
+    plan["test/open"] = [(text, text, [], corpus.any_voice(rng), None, "", int(rng.integers(1 << 40)))
+                         for text in [own.pop() for _ in range(150)]]
+    plan["d0"] = domain(mixed(380)) + wordless(20, every)
+    plan["d1"] = domain(texts(600) + [(text, []) for text in own]) + domain(texts(60, "repeat"))  # candidates
+    plan["d2_short"] = domain(texts(400))                       # candidates: the 150 shortest are kept
+    plan["d2_long"] = domain(texts(150, length=(6, 9)))         # candidates: 100 of 20 to 30 s are kept
+    plan["d3"] = domain(texts(300, "keywords"))
     return plan
 
 
 def build_sets(args):
     """Speaks, selects and writes every RL pool and test set to data/."""
     plan, started = plan_sets(args.seed), time.time()
-    with ProcessPoolExecutor(args.workers) as pool:  # all of it before torch starts threads, which fork does not bear
-        spoken = {name: pool.map(record, rows, chunksize=16) for name, rows in plan.items()}
-        spoken = {name: list(tqdm(waves, desc=name, mininterval=5)) for name, waves in spoken.items()}
+    spoken = dict(zip(plan, [in_parallel(heard_alone, rows, args.workers, chunk=8) for rows in plan.values()]))
     for name, rows in plan.items():
         waves = spoken[name]
-        keep = [i for i, wave in enumerate(waves) if len(wave) < 30 * corpus.SAMPLE_RATE]
+        seconds = np.array([len(wave) for wave in waves]) / corpus.SAMPLE_RATE
+        keep = [i for i in range(len(rows)) if seconds[i] < 30]
         if name == "d1":    # hard cases [FA]: the policy is wrong and a second recogniser says something else
             first, second = (Judge(f"{CHECKPOINTS}/{r}", pick_device(args.device)).transcribe(waves)
                              for r in ("asr", "asr2"))
             errors = [jiwer.wer(row[0], a) * (a != b) for row, a, b in zip(rows, first, second)]
             hard = [i for i in keep if not repeats_itself(rows[i][0]) and errors[i] > 0.1]
             repeats = [i for i in keep if repeats_itself(rows[i][0])]
-            keep = sorted(hard[:260] + repeats)
+            keep = sorted(hard[:240] + repeats)
             print(f"d1: {len(hard)} of {len(rows)} are hard cases; kept {len(keep)} with {len(repeats)} repetitions")
         if name == "d2_short":
-            keep = sorted(sorted(keep, key=lambda i: len(waves[i]))[:150])
-        if name == "d2_long":
-            keep = keep[:150]
+            keep = sorted(sorted(keep, key=lambda i: seconds[i])[:150])
+        if "long" in name:
+            keep = [i for i in keep if seconds[i] > 20][:50 if "test" in name else 100]
         corpus.write_set(DATA / name, [rows[i] for i in keep], [waves[i] for i in keep])
+        print(f"{name}: {len(keep)} clips, {seconds[keep].sum():.0f} s, longest {seconds[keep].max():.1f} s")
     size = sum(f.stat().st_size for f in DATA.rglob("*.ogg")) / 2 ** 20
     print(f"sets: {size:.1f} MiB of audio, {time.time() - started:.0f} s")
+
+
+def heard_alone(rows):
+    """The waveforms of rows of one voice, at different loudness, in their noise."""
+    torch.set_num_threads(1)
+    loud = [np.random.default_rng([row[-1], 10]).uniform(0.5, 1.5) if row[1] else 1 for row in rows]
+    return [in_noise(row, wave * np.float32(level)) for row, wave, level in zip(rows, voiced(rows), loud)]
+
+
+# ---- how good they are -------------------------------------------------------------------------------------
+
+def check(args, count=64):
+    """Word error rates of unseen open sentences in every kind of voice, by both recognisers, as spoken and after the
+    codec; `count` sentences a row, insertions, deletions and substitutions of the first in brackets."""
+    rng, device = np.random.default_rng(23), pick_device(args.device)
+    texts = [text for text in corpus.open_sentences() if corpus.reserved(text) and len(text.split()) > 3]
+    formants = [("espeak-ng", name) for name in corpus.ESPEAK]
+    recorded = [(program, name) for program in corpus.VOICES if program != "espeak-ng"
+                for name in corpus.VOICES[program][1]]
+    groups = {"espeak-ng, voices of training": formants, **{" ".join(voice): [voice] for voice in recorded},
+              "espeak-ng, accent never heard": corpus.HELD_OUT,
+              **{" ".join(voice) + ", never heard": [voice] for voice in corpus.UNHEARD}}
+    rows = []
+    for group, voices in groups.items():
+        for i in range(count):
+            text = texts[int(rng.integers(len(texts)))]
+            rows.append((text, text, [], voices[i % len(voices)], None, "", int(rng.integers(1 << 40)), group))
+    if args.own:                                            # the same on sentences written for this project
+        own = own_sentences("open")
+        rows = [(own[i % len(own)], own[i % len(own)], *row[2:]) for i, row in enumerate(rows)]
+    waves = in_parallel(voiced_alone, [row[:-1] for row in rows], args.workers, chunk=8)
+    judges = {name: Judge(f"{CHECKPOINTS}/{name}", device) for name in SIZES}
+    heard = {(name, "spoken"): judge.transcribe(waves) for name, judge in judges.items()}
+    if (CHECKPOINTS / args.codec).exists():
+        coder = codec.load_codec(device, args.codec)
+        lengths = torch.tensor([len(wave) for wave in waves])
+        codes = codec.encode_waves(coder, torch.from_numpy(np.concatenate(waves) * 32767).to(torch.int16), lengths)
+        decoded = codec.decode_tokens(coder, codes)
+        heard |= {(name, "codec"): judge.transcribe(decoded) for name, judge in judges.items()}
+    for group in [*groups, "all"]:
+        own = [i for i, row in enumerate(rows) if group in (row[-1], "all")]
+        wers = {key: jiwer.process_words([rows[i][0] for i in own], [found[i] or "" for i in own])
+                for key, found in heard.items()}
+        first = wers["asr", "spoken"]
+        of = sum(len(reference) for reference in first.references)
+        parts = "/".join(f"{100 * n / of:.1f}" for n in (first.insertions, first.deletions, first.substitutions))
+        print(f"{group}: " + ", ".join(f"{name} {how} {100 * out.wer:.1f} %" for (name, how), out in wers.items())
+              + f" ({parts})", flush=True)
+
+
+def voiced_alone(rows):
+    torch.set_num_threads(1)
+    return voiced(rows)
+
+
+def own_sentences(name):
+    """The sentences written for this project: "open" and "plain", everyday matters; "hard" for who speaks."""
+    return (Path(__file__).parent / f"{name}.txt").read_text(encoding="utf-8").split("\n")[:-1]

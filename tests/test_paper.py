@@ -258,7 +258,7 @@ def test_r1_by_tokens_makes_no_waveform_and_asks_no_judge(loaded_once, tmp_path,
 
 def test_diffro_is_hard_by_default_and_alone_takes_16_texts_once():
     alone, both = (diffro_tts.parse_args(flags) for flags in ([], ["--method", "grpo+diffro"]))
-    assert (alone.soft, alone.batch, alone.group) == (False, 16, 1) and (both.batch, both.group) == (4, 8)
+    assert (alone.soft, alone.batch, alone.group) == (False, 16, 1) and (both.batch, both.group) == (2, 8)
     assert diffro_tts.parse_args(["--batch", "2", "--group", "3", "--micro", "3"]).group == 3
     noise = torch.empty(2, 3, 5).exponential_(generator=torch.Generator().manual_seed(0))
     hard = diffro_tts.soft_tokens(torch.randn(2, 3, 5), noise)

@@ -85,8 +85,9 @@ def test_every_line_is_of_the_row_that_it_names(what):
         assert line["dtype"] == ("torch.float32" if line["device"].startswith("cpu") else "torch.bfloat16")
         assert line["device"].startswith("NVIDIA") or asked["device"] == "auto"
         evaluated = list(line["curve"]["eval_wer"].values())
-        assert line["summary"]["before"] == evaluated[0] and line["summary"]["best"] == min(evaluated)
-        assert line["summary"].get("last", evaluated[-1]) == evaluated[-1]
+        first = next(iter(line["summary"]["test"].values()))
+        assert [line["summary"][when] for when in ("before", "after")] == [first[w]["wer"] for w in ("before", "after")]
+        assert line["summary"]["best"] == min(evaluated) and line["summary"]["last"] == evaluated[-1]      # on dev
     rows = {name: [line["seed"] for line in lines if line["row"] == name] for name in reproduce.ROWS[what]}
     assert all(seeds == sorted(seeds) and set(seeds) <= {1, 2, 3} for seeds in rows.values())
 
@@ -94,7 +95,7 @@ def test_every_line_is_of_the_row_that_it_names(what):
 def test_docs_runs_is_small_and_holds_nothing_else():
     files = {path.name: path.stat().st_size for path in RUNS.iterdir()}
     known = {f"{what}.jsonl" for what in [*reproduce.ROWS, "figure2"]}
-    assert all(name in known or name.endswith("-k3.jsonl") for name in files)
+    assert all(name in known or name.endswith(("-k3.jsonl", "-grammar.jsonl")) for name in files)
     assert sum(files.values()) < 2e6
 
 
@@ -208,7 +209,7 @@ def test_a_flag_that_comes_or_goes_changes_no_line_and_repeats_no_run(stub, monk
     for path in RUNS.iterdir():
         shutil.copy(path, ".")
     monkeypatch.setattr(reproduce, "draw_pictures", lambda *_: [])
-    reproduce.main(["--table", "1", "--rows", "R1 x D0", "--results", "."])
+    reproduce.main(["--table", "1", "--rows", "R1 x D0", "--seeds", "1", "--results", "."])
     assert not stub.started
 
 
@@ -225,10 +226,10 @@ def test_quick_is_small_on_two_clips_of_every_set(stub, monkeypatch):
     assert set(by_script) == set(SCRIPTS) and {args.steps for args in by_script.values()} == {3}
     assert {args.batch for args in by_script.values()} == {2}
     assert [Path(folder).name for folder in by_script["grpo_asr.py"].test] == [
-        "keywords", "long", "noise", "short", "source"]
+        "keywords", "long", "noise", "open", "short"]
     assert [len(load_folder(folder)) for folder in by_script["grpo_asr.py"].test] == [2] * 5
     given = by_script["diffro_tts.py"]
-    assert [len(load_sentences(path)) for path in (*given.test, given.dev)] == [2, 2]
+    assert [len(load_sentences(path)) for path in (*given.test, given.dev)] == [2] * 3
     assert Path("runs/quick/table2.jsonl").exists()
 
 

