@@ -10,6 +10,8 @@
     python -m pretrain sets             RL pools D0-D3 and the test sets, from both recognisers       data/
     python -m pretrain check            how well they read every voice, as spoken and after the codec
 
+How well the LLM speaks: `python grpo_tts.py --steps 0`.
+
 Needs a GPU unless you have a day, and the programs, voices and texts that corpus.py lists. Running the chapters needs
 none of this: what it makes is in the repository. The recipe is our choice throughout; the model classes are the
 published ones. A stage reads what the ones before it left in build/ and checkpoints/, so a build that broke off goes on
@@ -19,7 +21,7 @@ import argparse
 import os
 
 STAGES = ["speech", "asr", "asr2", "codec", "tokens", "decoded", "asr_on", "asr2_on", "tts", "token2text", "speaker",
-          "texts", "sets", "check", "check_tts"]
+          "texts", "sets", "check"]
 
 
 def parse_args(argv=None):
@@ -44,8 +46,6 @@ def parse_args(argv=None):
     parser.add_argument("--codec-batch", type=int, default=32,
                         help="its cuts of two seconds a step, twice as many later (default: 32)")
     parser.add_argument("--codec-lr", type=float, default=5e-4, help="of the codec (default: 5e-4)")
-    parser.add_argument("--longest", type=int, default=1000, help="check_tts: tokens at most (default: 1000)")
-    parser.add_argument("--codec", default="codec", help="check: which of checkpoints/ (default: codec)")
     parser.add_argument("--own", action="store_true", help="check: on the sentences written for this project")
     parser.add_argument("--tts-steps", type=int, default=26_000, help="of the LLM that speaks (default: 26000)")
     parser.add_argument("--tts-batch", type=int, default=96, help="its utterances a step (default: 96)")
@@ -74,8 +74,7 @@ def main(argv=None):
     args = parse_args(argv)
     made = {"speech": asr.speak_corpus, "codec": codec.train_codec, "tokens": codec.encode_corpus,
             "decoded": asr.hear_decoded, "tts": tts.train_tts, "token2text": tts.train_token2text,
-            "speaker": tts.train_speaker, "texts": tts.build_texts, "sets": asr.build_sets, "check": asr.check,
-            "check_tts": tts.check_tts}
+            "speaker": tts.train_speaker, "texts": tts.build_texts, "sets": asr.build_sets, "check": asr.check}
     for stage in args.stages or STAGES:
         name, _, on = stage.partition("_")
         asr.train_recogniser(args, name, bool(on)) if name in asr.SIZES else made[stage](args)

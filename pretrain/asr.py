@@ -38,6 +38,7 @@ from engine.judges import Judge
 from engine.models import mend_attention
 from engine.run import pick_device
 from pretrain import codec, corpus
+from pretrain.codec import HELD
 from pretrain.graph import graphed_by_shape, up_to
 from rewards import repeats_itself
 
@@ -76,7 +77,6 @@ SIZES = {  # encoder layers, width, FFN; LLM layers, FFN
     "asr2": dict(encoder_layers=6, width=208, encoder_ffn=832, llm_layers=4, llm_ffn=640, seed=2),
 }
 UNKNOWN_TO_ASR2 = corpus.ESPEAK[::2]      # formant voices that the second recogniser does not hear in training
-HELD = 256                                # the last rows of corpus and tokens are for checking only
 
 
 # ---- tokenizer, processor, model ---------------------------------------------------------------------------
@@ -377,7 +377,8 @@ def train_recogniser(args, name, on=False):
         while True:
             parts = []
             for longest in np.unique(sizes):
-                rows, count = rng.permutation(usable[sizes == longest]), min(args.batch, 96 * args.batch // longest)
+                rows = rng.permutation(usable[sizes == longest])
+                count = max(1, min(args.batch, 96 * args.batch // longest))
                 parts += [rows[i:i + count] for i in range(0, len(rows) - count + 1, count)]
             yield from (parts[i] for i in rng.permutation(len(parts)))
 
@@ -422,18 +423,17 @@ def train_recogniser(args, name, on=False):
     one_step = graphed_by_shape(train) if on else train
     for step in range(1, steps + 1):
         index = next(stream)
-        given, ctc = inputs(index, rng.random(len(index)) < 0.3, augment=True)
+        given, targets = inputs(index, rng.random(len(index)) < 0.3, augment=True)
         optimizer.param_groups[0]["lr"].fill_(lr * min(1, step / 400) * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
-        loss = one_step(*given) if on else train(*given, ctc=ctc)
-        last_one = step == steps
-        if step % 500 == 0 or step == 20 or last_one:
+        loss = one_step(*given) if on else train(*given, ctc=targets)
+        if step % 500 == 0 or step == 20 or step == steps:
             model.eval()
             with torch.inference_mode():
                 check = [float(hear(*inputs(last, np.full(HELD, k), False)[0])[0]) for k in (0, 1)]
             model.train()
             print(f"{name} step {step} loss {float(loss):.4f} unseen {check[0]:.4f} with keywords {check[1]:.4f} "
                   f"{time.time() - started:.0f} s", flush=True)
-        if step % 1000 == 0 or last_one:
+        if step % 1000 == 0 or step == steps:
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
             processor.save_pretrained(folder)
     print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {steps} steps, "
@@ -545,8 +545,8 @@ def check(args, count=64):
     waves = in_parallel(voiced_alone, [row[:-1] for row in rows], args.workers, chunk=8)
     judges = {name: Judge(f"{CHECKPOINTS}/{name}", device) for name in SIZES}
     heard = {(name, "spoken"): judge.transcribe(waves) for name, judge in judges.items()}
-    if (CHECKPOINTS / args.codec).exists():
-        coder = codec.load_codec(device, args.codec)
+    if (CHECKPOINTS / "codec").exists():
+        coder = codec.load_codec(device)
         lengths = torch.tensor([len(wave) for wave in waves])
         codes = codec.encode_waves(coder, torch.from_numpy(np.concatenate(waves) * 32767).to(torch.int16), lengths)
         decoded = codec.decode_tokens(coder, codes)

@@ -23,7 +23,7 @@ from pretrain.graph import graphed
 
 BUILD, CHECKPOINTS = Path("build"), Path("checkpoints")
 RATE = corpus.SAMPLE_RATE
-HELD = 256      # the last recordings are for checking only
+HELD = 256      # the last of the corpus are for checking only
 
 
 def build_codec(levels, seed=1):
@@ -167,7 +167,7 @@ class Discriminator(torch.nn.Module):
         return 0.5 * unlike / len(maps) - 0.1 * sum(score.mean() for score in scores) / len(scores)
 
 
-def train_codec(args, name="codec", levels=(4, 4, 4, 4, 4, 4), cut_tokens=96, judged_tokens=32):
+def train_codec(args, levels=(4, 4, 4, 4, 4, 4), cut_tokens=96, judged_tokens=32):
     """Trains the codec on random cuts of the recordings, on the distance of mel spectrograms, in two parts.
 
     First all of it, with a head on the acoustic branch, for training alone, that asks for the log-mel spectrum as it
@@ -179,7 +179,7 @@ def train_codec(args, name="codec", levels=(4, 4, 4, 4, 4, 4), cut_tokens=96, ju
     device, started = pick_device(args.device), time.time()
     codec, extractor = build_codec(list(levels))
     if args.go_on:
-        codec = load_codec("cpu", name)
+        codec = load_codec("cpu")
         for part in (codec.semantic_encoder, codec.semantic_adapter, codec.fc_encoder, codec.quantizer.project_in):
             part.requires_grad_(False)
     codec.to(device).train()
@@ -189,7 +189,7 @@ def train_codec(args, name="codec", levels=(4, 4, 4, 4, 4, 4), cut_tokens=96, ju
     generator = torch.Generator().manual_seed(args.seed)
     transforms = [torchaudio.transforms.MelSpectrogram(RATE, n, hop_length=n // 4, n_mels=m, power=1).to(device)
                   for n, m in ((2048, 128), (1024, 80), (512, 80), (256, 40))]
-    print(f"{name}: {len(usable)} recordings, {len(samples) * hop / RATE / 3600:.1f} h, {time.time() - started:.0f} s",
+    print(f"codec: {len(usable)} recordings, {len(samples) * hop / RATE / 3600:.1f} h, {time.time() - started:.0f} s",
           flush=True)
 
     def cut():
@@ -246,14 +246,13 @@ def train_codec(args, name="codec", levels=(4, 4, 4, 4, 4, 4), cut_tokens=96, ju
         if not 10 < step % 200:
             used |= set(codes.flatten().tolist())
         if step % 200 == 10:
-            print(f"{name} step {step} mel {mel:.4f} acoustic {apart:.4f} codes {len(used)} "
+            print(f"codec step {step} mel {mel:.4f} acoustic {apart:.4f} codes {len(used)} "
                   f"{time.time() - started:.0f} s", flush=True)
             used = set()
-        last_one = step == steps
-        if step % 5000 == 0 or last_one:
-            copy.deepcopy(codec).eval().to(torch.bfloat16).cpu().save_pretrained(CHECKPOINTS / name)
-            extractor.save_pretrained(CHECKPOINTS / name)
-    print(f"{name}: {sum(p.numel() for p in codec.parameters()) / 1e6:.2f}M parameters, {steps} steps, "
+        if step % 5000 == 0 or step == steps:
+            copy.deepcopy(codec).eval().to(torch.bfloat16).cpu().save_pretrained(CHECKPOINTS / "codec")
+            extractor.save_pretrained(CHECKPOINTS / "codec")
+    print(f"codec: {sum(p.numel() for p in codec.parameters()) / 1e6:.2f}M parameters, {steps} steps, "
           f"{time.time() - started:.0f} s")
 
 
@@ -270,9 +269,9 @@ def acoustic_outputs(codec, samples, starts, tokens, most=2 ** 14):
     return found
 
 
-def load_codec(device, name="codec"):
+def load_codec(device):
     """The saved codec, in fp32 on `device`."""
-    return Xcodec2Model.from_pretrained(CHECKPOINTS / name, dtype=torch.float32).eval().to(device)
+    return Xcodec2Model.from_pretrained(CHECKPOINTS / "codec", dtype=torch.float32).eval().to(device)
 
 
 @torch.inference_mode()

