@@ -165,7 +165,7 @@ HEARD = [TEXTS[0], None, "a horse in rome", TEXTS[1], "so", "so", "so", "so"]   
 def speech_step(few, out, monkeypatch, chapter, *flags):
     """One step of a chapter whose judge hears HEARD; (spy, prompts of both texts alone, the texts)."""
     spy = Spy(monkeypatch, chapter, None if "diffro" in flags else HEARD)              # alone it has no judge
-    chapter.main([*SMALL, "--steps", "1", "--group", "4", "--micro", "2", "--max-seconds", "2", "--clip", "0.1",
+    chapter.main([*SMALL, "--steps", "1", "--group", "4", "--micro", "2", "--max-seconds", "1", "--clip", "0.1",
                   "--temperature", "1.3", "--dev", str(few / "texts.txt"), "--test", str(few / "texts.txt"), "--out",
                   str(out), *flags])
     spy.move()

@@ -244,7 +244,7 @@ def test_an_adapter_of_another_model_is_refused(names, tmp_path):
 
 def test_r1_by_tokens_makes_no_waveform_and_asks_no_judge(loaded_once, tmp_path, monkeypatch):
     (tmp_path / "texts.txt").write_text("the animal near the market belongs to walter")
-    decoded, seconds = [], ["--max-seconds", "2", "--eval-every", "0"]
+    decoded, seconds = [], ["--max-seconds", "1", "--eval-every", "0"]
     from engine.judges import Codec
     decode = Codec.decode
     monkeypatch.setattr(Codec, "decode", lambda codec, codes: decoded.append(len(codes)) or decode(codec, codes))

@@ -53,7 +53,7 @@ def flags(tmp_path_factory):
     def given(data, test):
         return ["--data", str(root / data), "--dev", str(root / test), "--test", str(root / test)]
 
-    texts = [*given("texts.txt", "test.txt"), "--max-seconds", "2"]
+    texts = [*given("texts.txt", "test.txt"), "--max-seconds", "1"]
     return {grpo_asr: [*few, "--group", "2", "--max-tokens", "12", *given("train", "test")],
             grpo_tts: [*few, *texts, "--group", "2"], diffro_tts: [*few, *texts]}
 

@@ -313,7 +313,7 @@ def test_a_run_leaves_everything_behind(loaded_once, tmp_path):
     """Two samples of every test text are evaluated. That it can be resumed is shown in test_diffro.py."""
     (tmp_path / "test.txt").write_text("\n".join(s.text for s in load_sentences("data/tts/test/plain")[:3]))
     out = tmp_path / "run"
-    grpo_tts.main(["--device", "cpu", "--batch", "2", "--group", "2", "--micro", "2", "--max-seconds", "2", "--steps",
+    grpo_tts.main(["--device", "cpu", "--batch", "2", "--group", "2", "--micro", "2", "--max-seconds", "1", "--steps",
                    "2", "--rewards", "R1,R2,R3", "--test", str(tmp_path / "test.txt"), "--dev",
                    str(tmp_path / "test.txt"), "--eval-samples", "2", "--out", str(out)])
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
