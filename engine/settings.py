@@ -88,10 +88,10 @@ def parse_speech(argv=None, about=None, diffro=False):
     g = p.add_argument_group("GRPO")
     if diffro:                                                      # None: depends on --method
         add_grpo(g, batch=(None, "texts a step (default: 16, as in the paper; beside GRPO 2)"),
-                 group=(None, "samples a text (default: 1, beside GRPO 8, both as in the paper)"), micro=16)
+                 group=(None, "samples a text (default: 1, beside GRPO 8, both as in the paper)"), micro=4)
     else:
         add_grpo(g, batch=(2, "texts a step (default: 2; paper: 16)"),
-                 group=(8, "samples a text (default: 8, as in the paper)"), micro=16)
+                 group=(8, "samples a text (default: 8, as in the paper)"), micro=8)
     add_run(p)
     p.add_argument("--eval-samples", type=int, default=1, help="of each test text: the WER of one each scatters by 2.7 "
                    "points, of k by that over sqrt(k) (default: 1)")

