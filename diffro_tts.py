@@ -76,7 +76,8 @@ def text_logprob(model, soft, mask, text_ids, text_mask):
     """Eq. 5, the reward: mean over text tokens of log P(y_j | o~, y_<j), (N,), differentiable in `soft`.
 
     `soft` (N, T, V) goes in as soft @ embedding, so that one-hot rows are read like tokens; positions where `mask`
-    (N, T) is false, those after the end of speech, are not read. `text_ids` (N, S) are the reward model's own tokens.
+    (N, T) is false, those of text tokens and after the end of speech, are not read. `text_ids` (N, S) are the reward
+    model's own tokens.
     """
     first = model.config.first_speech_token
     table = model.get_input_embeddings().weight[first:first + soft.shape[-1]]       # (V, D)

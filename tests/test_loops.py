@@ -224,9 +224,10 @@ def test_the_step_of_chapter_3_is_that_of_the_paper(few, tmp_path, monkeypatch, 
         soft = torch.softmax((logits_of_codes + gumbel) / 0.7, -1)
         hard = torch.nn.functional.one_hot(soft.argmax(-1), soft.shape[-1])
         soft = hard + soft - soft.detach()                                          # straight-through
-        said = torch.tensor([int(t) in code_of for t in ids])                       # the end token has no sound
+        said = torch.tensor([int(t) in code_of for t in ids])           # the end token and stray letters have no sound
         labels, _ = reader.text_ids([texts[i // 4]])
-        out = reader.model(inputs_embeds=(soft[said] @ table[first:first + len(ids_of)])[None], labels=labels)
+        out = reader.model(inputs_embeds=(soft @ table[first:first + len(ids_of)])[None], labels=labels,
+                           attention_mask=said[None].long())
         p, q = torch.softmax(logits, -1), torch.softmax(ref_logits, -1)
         kl = (p * (p.log() - q.log())).sum(-1).mean()
         if not grpo or advantage[i] > 0:

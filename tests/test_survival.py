@@ -190,6 +190,8 @@ def test_a_run_without_evaluations_is_saved_now_and_then(flags, tmp_path, monkey
 def test_a_stop_saves_the_step_at_hand_and_takes_no_part_in_the_choice(flags, finished, tmp_path, monkeypatch, name):
     out, real, seen = tmp_path / "run", grpo_asr.policy_figures, []
     before = signal.getsignal(getattr(signal, name))
+    if before == signal.SIG_IGN:
+        pytest.skip("switched off for all that is started here, as nohup does")
 
     def figures(*given):
         seen.append(1)
