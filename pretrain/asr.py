@@ -132,7 +132,7 @@ def plan_corpus(count, seed):
     rng = np.random.default_rng(seed)
     counts = collections.Counter(word for text in corpus.open_sentences() for word in text.split())
     rare = lambda text: [w for w in dict.fromkeys(text.split()) if counts[w] <= 5 and len(w) > 4]  # noqa: E731
-    ours = {text for name in ("open", "plain", "hard") for text in own_sentences(name)}
+    ours = {text for name in ("open", "plain", "hard") for text in corpus.own_sentences(name)}
 
     def in_turn(texts):
         texts = [text for text in texts if not corpus.reserved(text) and text not in ours]
@@ -455,7 +455,7 @@ def plan_sets(seed):
     heard, a fifth of it in noise. `open` is everyday sentences in voices of training.
     """
     rng = np.random.default_rng([seed, 3])
-    taken, plan, own = set(), {}, own_sentences("open")
+    taken, plan, own = set(), {}, corpus.own_sentences("open")
     own = [own[i] for i in rng.permutation(len(own))]
 
     def domain(texts):
@@ -546,7 +546,7 @@ def check(args, count=64):
             text = texts[int(rng.integers(len(texts)))]
             rows.append((text, text, [], voices[i % len(voices)], None, "", int(rng.integers(1 << 40)), group))
     if args.own:                                            # the same on sentences written for this project
-        own = own_sentences("open")
+        own = corpus.own_sentences("open")
         rows = [(own[i % len(own)], own[i % len(own)], *row[2:]) for i, row in enumerate(rows)]
     waves = in_parallel(voiced_alone, [row[:-1] for row in rows], args.workers, chunk=8)
     judges = {name: Judge(f"{CHECKPOINTS}/{name}", device) for name in SIZES}
@@ -571,8 +571,3 @@ def check(args, count=64):
 def voiced_alone(rows):
     torch.set_num_threads(1)
     return voiced(rows)
-
-
-def own_sentences(name):
-    """The sentences written for this project: "open" and "plain", everyday matters; "hard" for who speaks."""
-    return (Path(__file__).parent / f"{name}.txt").read_text(encoding="utf-8").split("\n")[:-1]

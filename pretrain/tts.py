@@ -185,7 +185,7 @@ def build_texts(args, longest=6.0):
     """Writes data/tts/: train.jsonl (sentences for RL of up to `longest` seconds, with a recording's speech tokens),
     dev (which chooses the best adapter), test/plain and test/hard, with recordings, and voices/ (a short reference
     recording of every voice). The sentences were written for this project; training says none of them."""
-    plain, hard = asr.own_sentences("plain"), asr.own_sentences("hard")
+    plain, hard = corpus.own_sentences("plain"), corpus.own_sentences("hard")
     rng, voices = np.random.default_rng([args.seed, 17]), corpus.TTS_VOICES
     parts = {"train": plain[200:] + plain[130:160] + hard[60:], "dev": plain[100:130] + hard[50:60],
              "test/plain": plain[:100], "test/hard": hard[:50],
