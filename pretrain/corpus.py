@@ -159,10 +159,10 @@ VARIANTS = """m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 f5 Andy Annie Gene Lee Michael Mi
 david ed edward iven john kaukovalta linda max pablo paul rob robert steph travis""".split()
 ESPEAK = [f"{ACCENTS[i % len(ACCENTS)]}+{variant}" for i, variant in enumerate(VARIANTS)]
 VOICES = {
-    "espeak-ng": (0.28, dict.fromkeys(ESPEAK, 1 / len(ESPEAK))),
-    "flite": (0.36, {"slt": 0.4, "awb": 0.4, "kal16": 0.2}),
-    "festival": (0.22, {"cmu_us_slt_arctic_hts": 0.6, "kal_diphone": 0.4}),
-    "piper": (0.14, {"joe": 1.0})}
+    "espeak-ng": (0.34, dict.fromkeys(ESPEAK, 1 / len(ESPEAK))),
+    "flite": (0.36, {"slt": 0.38, "awb": 0.38, "kal16": 0.24}),
+    "festival": (0.22, {"cmu_us_slt_arctic_hts": 0.4, "kal_diphone": 0.6}),
+    "piper": (0.08, {"joe": 1.0})}
 # The voices of the LLM that speaks: built from recordings, and Whisper reads them best.
 TTS_VOICES = [("flite", "slt"), ("flite", "awb"), ("flite", "kal16"), ("festival", "cmu_us_slt_arctic_hts"),
               ("piper", "joe")]
