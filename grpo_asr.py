@@ -18,7 +18,7 @@ off, or the adapter that the run starts from.
     python grpo_asr.py --model FunAudioLLM/Fun-ASR-Nano-2512-hf --data DIR \
         --quantize 8bit --micro 4 --max-tokens 144 --lr 1e-5             a published one, on a card of 8 GB
 
-Last line:  short WER: 33.4 % -> 16.2 % (-51 %) in 200 steps.  Everything is in runs/grpo_asr-...
+Last line:  short WER: 32.2 % -> 14.2 % (-56 %) in 200 steps.  Everything is in runs/grpo_asr-...
 """
 import functools
 import itertools
