@@ -17,7 +17,7 @@ from tools import use
 
 CPU = torch.device("cpu")
 CLIPS = load_folder("data/test/open")
-SOURCE = [CLIPS[38], CLIPS[45]]                                    # which the policy reads as they were said
+SOURCE = [CLIPS[39], CLIPS[45]]                                    # which the policy reads as they were said
 TEXT = "have you got a minute to spare"
 
 
