@@ -84,7 +84,7 @@ def test_pitfall_5_a_policy_that_is_not_its_reference_at_the_start_is_refused(re
 
 
 def test_keywords_in_the_prompt_reach_the_model(recogniser):
-    """Another clip's keywords, or none, give the same transcripts other log-probs (that its own help is not said)."""
+    """Another clip's keywords, or none, give the same transcripts other log-probs. Whether its own help is not asked."""
     _, processor, policy = recogniser
     clips = first(8, "data/test/keywords")
     texts = [u.text + "<|im_end|>" for u in clips]
