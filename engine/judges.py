@@ -23,7 +23,9 @@ from transformers import (
 
 from engine.audio import DataError, reason
 from engine.models import load_pretrained, load_recogniser, precision
-from engine.recognisers import answers, ask, greedy, rate
+from engine.recognisers import answers, ask, embed, rate, recogniser
+from engine.sampling import Prompts, sample
+from engine.text import language_code
 
 
 class Frozen:
@@ -38,6 +40,8 @@ class Frozen:
         self.model.to(self.device)
         with torch.inference_mode():
             yield self.model
+        if self.home != self.device:
+            self.model.captured = {}         # a captured step reads the places that the weights leave now
         self.model.to(self.home)
 
 
@@ -131,8 +135,20 @@ class Judge(Frozen):
         """The texts of one batch, at most 16 tokens and 8 a second of its own sound for each."""
         inputs = ask(self.processor, waves, self.language).to(self.device)
         limits = [16 + int(8 * len(w) / self.rate) for w in waves]
-        out = greedy(self.model, inputs, self.language, max(limits))
-        return answers(self.processor, [row[:limit] for row, limit in zip(out.tolist(), limits)])
+        return answers(self.processor, [row[:limit] for row, limit in zip(self.likeliest(inputs, max(limits)), limits)])
+
+    def likeliest(self, inputs, limit):
+        """The likeliest answers to a batch, at most `limit` tokens, as lists of ids: by the policy's own sampler, where
+        the class has an LLM that reads a prompt."""
+        model = self.model
+        if recogniser(model).hear:
+            prompts = Prompts(embed(model, inputs), inputs["attention_mask"])
+            rollout = sample(model, prompts, 1, limit, model.generation_config.eos_token_id, temperature=0)
+            return [row[keep].tolist() for row, keep in zip(rollout.ids.cpu(), rollout.mask.cpu())]
+        asked = (dict(language=language_code(self.language), task="transcribe")
+                 if model.generation_config.is_multilingual else {})
+        return model.generate(input_features=inputs["input_features"].to(model.dtype), do_sample=False, num_beams=1,
+                              attention_mask=inputs["attention_mask"], max_new_tokens=limit, **asked).tolist()
 
 
 class Speaker(Frozen):

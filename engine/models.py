@@ -4,6 +4,7 @@
     load_recogniser(name)            processor and model of any class in recognisers.py
     quantization(name, device, ...)  what from_pretrained needs for --quantize
     add_adapters(base, ...)          fp32 LoRA on the frozen base
+    refresh_adapters(policy)         its adapters' bf16 copies, where there are some, filled anew
 
 Why not LLM.int8 as it comes: it quantises the activations too, looks for outliers among them, and waits for the CPU
 with each product, so that a decoding step can't be captured: at the size of Fun-ASR-Nano a prototype took 166 ms a
@@ -11,6 +12,10 @@ token on an H200, the product below takes 25 on an H100 (96 rows). In RL the fro
 be saved on. So the int8 matrix stays as bitsandbytes made it, and each product turns it into the activations' own
 precision on the fly: 8-bit memory, kernels that a CUDA graph can hold, and no second rounding between the sampler and
 the trainer. Our choice; the paper does not quantise.
+
+Why not PEFT's own LoRA on a base in bf16: it takes every activation to fp32 and back for two thin products, a fifth of
+a decoding step at the size of Fun-ASR-Nano. Here the products are in bf16, from copies of the adapters; what learns, is
+saved and is loaded are PEFT's adapters in fp32. Our choice too.
 """
 import functools
 import re
@@ -21,6 +26,7 @@ import safetensors
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import BitsAndBytesConfig
 
 from engine.audio import DataError, is_pointer, reason
@@ -103,8 +109,55 @@ def add_adapters(base, within, rank, seed):
                         f"layers that adapters can go on ({len(linear)} layers)")
     kinds = "|".join(sorted({re.escape(name.rsplit(".", 1)[-1]) for name in linear}))
     torch.manual_seed(seed)
-    return get_peft_model(weight_only(base), LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=rf".*{within}.*\.({kinds})")).eval()
+    return low_precision(get_peft_model(weight_only(base), LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=rf".*{within}.*\.({kinds})")).eval())
+
+
+class _LowRank(torch.autograd.Function):
+    """x (..., I), y (..., O), A (r, I), B (O, r) -> y + scale (x A^T) B^T, computed with a and b, copies of A and B in
+    the precision of x. A and B get the gradients.
+
+    The copies are kept as they are, not saved: `refresh_adapters` may write the same numbers to them before the
+    backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, y, A, B, a, b, scale):
+        h = x.flatten(0, -2) @ a.T                                                  # (M, r)
+        ctx.save_for_backward(x, h)
+        ctx.given = a, b, scale
+        return torch.addmm(y.flatten(0, -2), h, b.T, alpha=scale).view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, h), (a, b, scale) = ctx.saved_tensors, ctx.given
+        flat = grad.flatten(0, -2) * scale                                          # (M, O)
+        back = flat @ b                                                             # (M, r)
+        return (back @ a).view_as(x), grad, back.T @ x.flatten(0, -2), flat.T @ h, None, None, None
+
+
+def low_precision(policy):
+    """Gives every adapter of a policy that is not in fp32 the product above, and returns the policy."""
+    def forward(layer, scale, A, B, a, b, x):
+        y = layer.base_layer(x)
+        return y if layer.disable_adapters else _LowRank.apply(x, y, A, B, a, b, scale)
+
+    dtype, layers = policy.get_base_model().dtype, [m for m in policy.modules() if isinstance(m, LoraLayer)]
+    if dtype != torch.float32:
+        policy.masters = [getattr(layer, part)["default"].weight for layer in layers for part in ("lora_A", "lora_B")]
+        policy.copies = [weight.detach().to(dtype) for weight in policy.masters]
+        for i, layer in enumerate(layers):
+            pair = slice(2 * i, 2 * i + 2)
+            layer.forward = functools.partial(forward, layer, layer.scaling["default"], *policy.masters[pair],
+                                              *policy.copies[pair])
+    return policy
+
+
+@torch.no_grad()
+def refresh_adapters(policy):
+    """Fills the copies of a policy's adapters from the adapters."""
+    if copies := getattr(policy, "copies", None):
+        torch._foreach_copy_(copies, policy.masters)
 
 
 def precision(device):

@@ -200,17 +200,6 @@ def answers(processor, rows):
     return [re.sub(f"^{recogniser(processor).before}", "", text.strip()).strip() for text in texts]
 
 
-def greedy(model, inputs, language, limit):
-    """The likeliest answers to a batch by the class's own `generate`, at most `limit` tokens: ids (B, T)."""
-    if recogniser(model).hear:
-        given = dict(inputs_embeds=embed(model, inputs), attention_mask=inputs["attention_mask"])
-    else:
-        given = dict(input_features=inputs["input_features"].to(model.dtype), attention_mask=inputs["attention_mask"])
-        if model.generation_config.is_multilingual:
-            given |= dict(language=language_code(language), task="transcribe")
-    return model.generate(**given, do_sample=False, num_beams=1, max_new_tokens=limit)
-
-
 def settle(model):
     """Puts right what would go wrong later, and returns the model.
 

@@ -7,9 +7,10 @@
     self_check(policy, prompts, others, ...)               that sampler and trainer agree, tried before a run
 
 A prompt is read once and its keys and values are copied to the G rows that share it, in the rollout, the policy pass
-and the reference pass alike. On a GPU one decoding step is captured as a CUDA graph and replayed: the same kernels
-without the launching of each, which is most of the time of a small batch. All of this is our choice; the paper samples
-with vLLM.
+and the reference pass alike. On a GPU one decoding step is captured as a CUDA graph and replayed, for the whole run:
+the same kernels without the launching of each, which is most of the time of a small batch. Where the logits of all
+tokens are many, log-probs come from the hidden states a few rows at a time, and again in the backward pass. All of this
+is our choice; the paper samples with vLLM.
 
 Shapes: B prompts, G samples each, N = B G samples, T tokens of a sample, L of a prompt, D width, V vocabulary.
 `group` is G; `each` is how many rows share a prompt in the pass at hand: G, or fewer in a small micro-batch.
@@ -18,11 +19,17 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from engine.audio import DataError
+from engine.models import refresh_adapters
 from engine.parallel import RANK, Shared
+
+BUCKET = 64         # places: a captured step has a multiple of it, so that few have to be captured
+KEPT = 1 / 8        # of the card's memory: what captured steps may keep from one rollout to the next
+AT_ONCE = 2 ** 26   # logits that may exist at once in a pass over samples; 128 MiB in bf16
 
 
 @dataclass
@@ -72,6 +79,7 @@ def prefill(policy, prompts, each, copy=True):
     Returns the logits of the first token (N, V) and the cache, of the B prompts alone without `copy`. Differentiable:
     the update shares the prompt too.
     """
+    refresh_adapters(policy)
     cache = DynamicCache()
     out = policy(inputs_embeds=prompts.embeds, attention_mask=prompts.mask, past_key_values=cache, use_cache=True,
                  position_ids=(prompts.mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1)
@@ -107,24 +115,28 @@ class RoomyLayer(DynamicLayer):
 
 
 class GraphedStep:
-    """One decoding step of all rows as a CUDA graph: token (N,) -> logits (N, V), the same numbers as the plain step.
+    """One decoding step of N rows as a CUDA graph: token (N,) -> logits (N, V), the same numbers as the plain step.
 
-    A graph replays fixed kernels on fixed memory, so everything that changes lives in tensors that change in place:
-    the token, its position, the keys and values, and which of them may be seen.
+    A graph replays fixed kernels on fixed memory, so everything that changes lives in tensors that change in place: the
+    token, its position and place, the keys and values, which of them may be seen, and the adapters. So one captured
+    step serves every rollout of N rows whose prompts and new tokens fit into its `places`.
     """
 
-    def __init__(self, policy, cache, mask, group, room):
-        """`cache` of the B prompts, copied here to the `group` rows of each; `mask` (N, L); `room` for new tokens."""
-        self.policy, self.mask, length = policy, mask, mask.shape[1]
-        config = policy.get_base_model().config.get_text_config(decoder=True)
-        self.cache = StaticCache(config, max_cache_len=length + room)
+    def __init__(self, policy, rows, places, dtype):
+        self.policy, self.graph = policy, None
+        self.cache = StaticCache(policy.config.get_text_config(decoder=True), max_cache_len=places)
+        self.token = torch.zeros(rows, 1, dtype=torch.long, device=policy.device)
+        self.position, self.column = self.token.clone(), self.token.new_zeros(1)
+        self.hidden = self.token.new_zeros((rows, 1, 1, places), dtype=dtype)       # added to the scores
+
+    def begin(self, cache, mask, group):
+        """Puts the prompts in, from their `cache` (B rows), for the `group` rows of each; `mask` (N, L)."""
+        self.mask = mask
+        self.cache.reset()                                                          # in place
         for i, layer in enumerate(cache.layers):
             self.cache.update(*(x.repeat_interleave(group, dim=0) for x in (layer.keys, layer.values)), i)
-        self.token = mask.new_zeros(len(mask), 1)
-        self.position, self.column = self.token.clone(), self.token.new_zeros(1)
-        dtype = cache.layers[0].keys.dtype
-        self.hidden = mask.new_zeros((len(mask), 1, 1, length + room), dtype=dtype)        # added to the scores
-        self.capture()
+        if self.graph is None:
+            self.capture()
         self.rewind()
 
     def rewind(self):
@@ -165,10 +177,33 @@ class GraphedStep:
         self.graph.replay()
         return self.logits
 
+    def nbytes(self):
+        """What it keeps: keys and values, nearly all of it."""
+        return sum(x.nbytes for layer in self.cache.layers for x in (layer.keys, layer.values))
+
 
 def graphable(policy):
     """Whether a decoding step is captured: on a GPU."""
     return policy.device.type == "cuda"
+
+
+def captured_step(policy, cache, mask, group, room):
+    """The GraphedStep of these rows, at the end of their prompts: an earlier rollout's, or captured now. It is kept
+    with the policy; those unused for longest go, and at last itself, until what is kept is within KEPT of the card."""
+    bucket = len(mask), -(-(mask.shape[1] + room) // BUCKET) * BUCKET
+    kept, size = policy.__dict__.setdefault("captured", {}), memory_limit(policy.device)
+    step = kept.pop(bucket, None) or GraphedStep(policy, *bucket, cache.layers[0].keys.dtype)
+    step.begin(cache, mask, group)
+    kept[bucket] = step
+    while kept and sum(each.nbytes() for each in kept.values()) > KEPT * size:
+        del kept[next(iter(kept))]
+        torch.cuda.empty_cache()              # a graph's memory is its own: nothing else can use what it leaves
+    return step
+
+
+def memory_limit(device):
+    """Bytes that torch may take of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
 
 
 @torch.no_grad()
@@ -182,7 +217,7 @@ def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=N
     logits, cache = prefill(policy, prompts, group, copy=not graph)                 # (N, V)
     mask = prompts.mask.repeat_interleave(group, dim=0)                             # (N, L)
     if graph:                                 # copies the cache itself: two copies for N rows could fill the card
-        graphed, cache = GraphedStep(policy, cache, mask, group, max_tokens), None
+        graphed, cache = captured_step(policy, cache, mask, group, max_tokens), None
     else:
         cache.layers = [RoomyLayer(layer) for layer in cache.layers]
     position = mask.sum(dim=1)
@@ -219,7 +254,7 @@ def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=N
         seen = torch.cat([mask[alive], mask.new_ones(len(alive), t + 1)], dim=1)
         logits = policy(input_ids=token[:, None], attention_mask=seen, past_key_values=cache, use_cache=True,
                         position_ids=position[alive, None] + t).logits[:, -1]
-    if graph:                                 # the graph's memory is its own: nothing else can use what it leaves
+    if graph and graphed not in policy.captured.values():
         del graphed, logits
         torch.cuda.empty_cache()
     ids, logp, entropy = ids[:, :t + 1], logp[:, :t + 1], entropy[:, :t + 1]
@@ -283,28 +318,52 @@ def token_logprobs(logits, ids, temperature=1.0):
     return _TokenLogprobs.apply(logits, ids, temperature)
 
 
+@contextlib.contextmanager
+def headless(policy):
+    """Gives the policy's output layer; within, the policy's logits are the hidden states that this layer would read."""
+    model = policy.get_base_model()
+    head = model.get_output_embeddings()
+    model.set_output_embeddings(torch.nn.Identity())
+    try:
+        yield head
+    finally:
+        model.set_output_embeddings(head)
+
+
 def completion_logprobs(policy, prompts, ids, mask, each, temperature):
-    """log pi(o_it) of given samples, (N, T) -> (N, T); every prompt is read once for its `each` rows."""
-    return token_logprobs(completion_logits(policy, prompts, ids, mask, each), ids, temperature)
+    """log pi(o_it) of given samples, (N, T) -> (N, T); every prompt is read once for its `each` rows.
+
+    With more than AT_ONCE logits the output layer takes a few rows at a time, again in the backward pass.
+    """
+    rows = AT_ONCE // (ids.shape[1] * policy.get_base_model().get_output_embeddings().weight.shape[0])
+    if rows >= len(ids):
+        return token_logprobs(completion_logits(policy, prompts, ids, mask, each), ids, temperature)
+    with headless(policy) as head:
+        hidden = completion_logits(policy, prompts, ids, mask, each)                # (N, T, D)
+    return torch.cat([checkpoint(lambda h, i: token_logprobs(head(h), i, temperature), *part, use_reentrant=False)
+                      for part in zip(hidden.split(max(1, rows)), ids.split(max(1, rows)))])
 
 
 @contextlib.contextmanager
 def reference(policy):
     """The policy as the reference: its adapters switched off; or, where a run starts from another's adapter
     (`policy.start`, name -> weights), with those in their places: pointers swapped, nothing copied."""
-    start = getattr(policy, "start", None)
-    if start is None:
-        with policy.disable_adapter():
-            yield
-        return
+    start, captured = getattr(policy, "start", None) or {}, policy.__dict__.pop("captured", {})
     swap = [(weight, start[name]) for name, weight in policy.named_parameters() if name in start]
-    for weight, other in swap:
-        weight.data, other.data = other.data, weight.data
+    exchange(policy, swap)
     try:
-        yield
+        with contextlib.nullcontext() if start else policy.disable_adapter():
+            yield
     finally:
-        for weight, other in swap:
-            weight.data, other.data = other.data, weight.data
+        exchange(policy, swap)
+        policy.captured = captured            # what was captured in between is not the policy's
+
+
+def exchange(policy, pairs):
+    """Swaps what the two tensors of every pair point to."""
+    for weight, other in pairs:
+        weight.data, other.data = other.data, weight.data
+    refresh_adapters(policy)
 
 
 @torch.no_grad()

@@ -7,12 +7,13 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear8bitLt
 from conftest import CPU, first, untrained
+from peft import PeftModel
 from transformers import AutoModelForMultimodalLM
 
 import grpo_asr
 from engine import sampling
 from engine.audio import DataError
-from engine.models import add_adapters
+from engine.models import add_adapters, refresh_adapters
 from engine.recognisers import collate
 from engine.run import Run, pick_device
 from engine.sampling import (
@@ -84,7 +85,8 @@ def test_pitfall_5_a_policy_that_is_not_its_reference_at_the_start_is_refused(re
 
 
 def test_keywords_in_the_prompt_reach_the_model(recogniser):
-    """Another clip's keywords, or none, give the same transcripts other log-probs. Whether its own help is not asked."""
+    """Another clip's keywords, or none, give the same transcripts other log-probs. Whether its own help is not asked.
+    """
     _, processor, policy = recogniser
     clips = first(8, "data/test/keywords")
     texts = [u.text + "<|im_end|>" for u in clips]
@@ -151,28 +153,81 @@ def test_room_behind_the_keys_changes_nothing(recogniser, clips, monkeypatch):
     assert torch.equal(with_room.ids, plain.ids) and torch.equal(with_room.logp, plain.logp)
 
 
-def test_what_a_gpu_captures_is_the_plain_step(recogniser, clips, monkeypatch):
-    """The step on fixed memory, run as it is in place of its graph."""
-    plain = rollout_of(recogniser, clips[:4], limit=30)[1]
-    monkeypatch.setattr("engine.sampling.graphable", lambda policy: True)
-    monkeypatch.setattr("engine.sampling.GraphedStep.capture", lambda self: None)
-    monkeypatch.setattr("engine.sampling.GraphedStep.__call__",
+def without_gpu(monkeypatch):
+    """A captured step on fixed memory, run as it is in place of its graph; returns the list of those captured."""
+    captured = []
+    monkeypatch.setattr(sampling, "BUCKET", 256)
+    monkeypatch.setattr(sampling, "graphable", lambda policy: True)
+    monkeypatch.setattr(sampling, "memory_limit", lambda device: 2 ** 33)
+    monkeypatch.setattr(sampling.GraphedStep, "capture",
+                        lambda self: (setattr(self, "graph", 1), captured.append(self)))
+    monkeypatch.setattr(sampling.GraphedStep, "__call__",
                         lambda self, token: (self.token.copy_(token[:, None]), self.step())[1])
-    found = rollout_of(recogniser, clips[:4], limit=30)[1]
-    assert torch.equal(found.mask, plain.mask) and plain.mask.sum(dim=1).unique().numel() > 1
-    assert torch.equal(found.ids[plain.mask], plain.ids[plain.mask]) and close(found.logp, plain.logp, plain.mask)
+    return captured
+
+
+def test_what_a_gpu_captures_is_the_plain_step_for_the_whole_run(recogniser, clips, monkeypatch):
+    """Once for rollouts of as many rows: other prompts, less room, adapters that have moved, not those of the
+    reference."""
+    policy = recogniser[2]
+    moved = next(p for n, p in policy.named_parameters() if "lora_B" in n)
+
+    def rollouts():
+        found = [rollout_of(recogniser, clips[:4], limit=60)[1], rollout_of(recogniser, clips[4:8], limit=40)[1]]
+        with torch.no_grad(), sampling.reference(policy):
+            found.append(rollout_of(recogniser, clips[:4], limit=60)[1])
+        moved.data += 0.2
+        found.append(rollout_of(recogniser, clips[:4], limit=60)[1])
+        moved.data -= 0.2
+        return [*found, rollout_of(recogniser, clips[:3], limit=60)[1]]
+
+    plain, captured = rollouts(), without_gpu(monkeypatch)
+    for was, now in zip(plain, rollouts()):
+        assert torch.equal(was.mask, now.mask) and torch.equal(was.ids[was.mask], now.ids[was.mask])
+        assert was.mask.sum(dim=1).unique().numel() > 1 and close(now.logp, was.logp, was.mask)
+    assert not any(torch.equal(plain[0].ids, plain[i].ids) for i in (1, 2, 3))
+    assert [len(step.token) for step in captured] == [12, 12, 9]                    # one in between, of the reference
+    assert list(policy.captured.values()) == [captured[0], captured[2]]
+    policy.captured = {}
+
+
+def test_captured_steps_are_kept_within_their_part_of_the_card(recogniser, clips, monkeypatch):
+    """The one unused for longest goes; one that is too large by itself serves its rollout and is not kept."""
+    captured, policy = without_gpu(monkeypatch), recogniser[2]
+    policy.captured = {}
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for count in (1, 2, 1):
+        rollout_of(recogniser, clips[:count], limit=20)
+    one, two = captured
+    assert list(policy.captured.values()) == [two, one] and two.nbytes() == 2 * one.nbytes()
+    monkeypatch.setattr(sampling, "memory_limit", lambda device: 8 * (two.nbytes() + one.nbytes()))
+    rollout_of(recogniser, clips[:2], limit=20)
+    assert list(policy.captured.values()) == [one, two]
+    rollout_of(recogniser, clips[:1], limit=256)                                    # another bucket, of two units
+    assert len(captured) == 3 and one not in policy.captured.values() and captured[2] in policy.captured.values()
+    monkeypatch.setattr(sampling, "memory_limit", lambda device: 1)
+    assert rollout_of(recogniser, clips[:2], limit=20)[1].mask.any() and policy.captured == {}
 
 
 @needs_gpu
-def test_a_graphed_rollout_is_the_plain_one(clips, monkeypatch):
+def test_graphed_rollouts_are_the_trained_pass(clips):
+    """Steps captured once, for prompts of several lengths in turn, follow the adapters as they move. In bf16."""
     device = torch.device("cuda")
     processor, policy = grpo_asr.load(grpo_asr.parse_args([]), device)
-    prompts = encode(policy, collate(processor, clips[:4], "en").to(device))
-    draw = lambda: sample(policy, prompts, 4, 30, [-1], 1.0, generator_for(0, 0, device))  # noqa: E731
-    graphed = draw()
-    monkeypatch.setattr("engine.sampling.graphable", lambda policy: False)
-    plain = draw()
-    assert torch.equal(graphed.ids, plain.ids) and torch.allclose(graphed.logp, plain.logp, atol=1e-3)
+    prompts = [encode(policy, collate(processor, some, "en").to(device)) for some in (clips[:4], clips[4:8], clips[:2])]
+    found = []
+    for turn in range(3):
+        for weight in policy.masters:
+            torch.manual_seed(turn)
+            weight.data.copy_(torch.randn_like(weight) * 0.02 * turn)
+        for asked in prompts:
+            rollout = sample(policy, asked, 4, 30, [-1], 1.0, generator_for(0, turn, device))
+            with torch.no_grad():
+                again = completion_logprobs(policy, asked, rollout.ids, rollout.mask, 4, 1.0)
+            assert float((again - rollout.logp).abs().mean()) < 0.03 and float(again.mean()) < -0.1
+            found.append(rollout)
+    assert len({step.token.shape for step in policy.captured.values()}) == 2 and len(policy.captured) <= 3
+    assert not torch.equal(found[0].ids, found[3].ids) and not torch.equal(found[3].ids, found[6].ids)
 
 
 # ---- learning ------------------------------------------------------------------------------------------------
@@ -188,6 +243,31 @@ def test_reference_log_probs_are_those_of_the_model_without_adapters(recogniser,
         assert found.shape == rollout.ids.shape and close(found, expected, rollout.mask, 1e-4)
         assert not close(found, trained, rollout.mask, 1e-2)
     assert all(weight.requires_grad == ("lora" in name) for name, weight in policy.named_parameters())
+
+
+def test_log_probs_a_few_rows_at_a_time_are_those_of_all_logits(recogniser, clips, monkeypatch):
+    """Values and gradients; the logits of all rows never exist at once, and the output layer is back in its place."""
+    _, processor, policy = recogniser
+    prompts, rollout = rollout_of(recogniser, clips[:2], group=3)
+    head, most = policy.get_base_model().get_output_embeddings(), []
+    handle = head.register_forward_hook(lambda module, given, out: most.append(out.shape[0]))
+
+    def found():
+        policy.zero_grad()
+        logp = completion_logprobs(policy, prompts, rollout.ids, rollout.mask, 3, 0.7)
+        (logp * rollout.mask).cos().sum().backward()
+        return logp.detach(), torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+
+    try:
+        plain, gradient = found()
+        most.clear()
+        monkeypatch.setattr(sampling, "AT_ONCE", 2 * rollout.ids.shape[1] * head.weight.shape[0])
+        parts, in_parts = found()
+    finally:
+        handle.remove()
+    assert most == [2] * 6                                                          # forward, and again backward
+    assert close(parts, plain, rollout.mask, 1e-4) and torch.allclose(in_parts, gradient, atol=1e-4)
+    assert policy.get_base_model().get_output_embeddings() is head and gradient.norm() > 0
 
 
 def test_supervised_is_the_cross_entropy_of_the_transcripts(recogniser, clips):
@@ -241,6 +321,37 @@ def test_pitfall_20_adapters_stay_in_fp32_on_a_bf16_base_and_one_step_moves_them
     policy(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     assert any(not torch.equal(a, b) for a, b in zip(before, weights))
+
+
+def test_adapters_in_bf16_products_are_peft_s(tmp_path):
+    """On a bf16 base: values and gradients against PEFT's own product in fp32, adapters off, a copy that is refreshed
+    after a step, and a saved folder that PEFT loads by itself."""
+    load = lambda: AutoModelForMultimodalLM.from_pretrained("checkpoints/asr", dtype=torch.bfloat16)  # noqa: E731
+    policy, ids = add_adapters(load(), "language_model", 4, 1), torch.arange(12)[None]
+    for seed, weight in enumerate(p for p in policy.parameters() if p.requires_grad):
+        torch.manual_seed(seed)
+        weight.data.copy_(torch.randn_like(weight) * 0.05)
+    policy.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(load(), tmp_path, is_trainable=True).eval()
+    exact = PeftModel.from_pretrained(load().float(), tmp_path, is_trainable=True).eval()
+
+    def found(model):
+        refresh_adapters(model)
+        logits = model(input_ids=ids).logits.float()
+        torch.log_softmax(logits, -1)[0, :-1].gather(1, ids[0, 1:, None]).sum().backward()
+        return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    (ours, pull), (theirs, pull_2), (truth, pull_3) = map(found, (policy, plain, exact))
+    assert float((ours - truth).norm()) <= 1.5 * float((theirs - truth).norm())
+    assert float((pull - pull_3).norm()) <= 2 * float((pull_2 - pull_3).norm()) < 0.2 * float(pull_3.norm())
+    with policy.disable_adapter(), plain.disable_adapter(), torch.no_grad():
+        assert torch.equal(policy(input_ids=ids).logits, plain(input_ids=ids).logits)
+    with torch.no_grad():
+        assert float((policy(input_ids=ids).logits - ours).norm()) == 0
+        policy.masters[1].add_(1)
+        assert float((policy(input_ids=ids).logits - ours).norm()) == 0             # until it is refreshed
+        refresh_adapters(policy)
+        assert float((policy(input_ids=ids).logits - ours).norm()) > 0
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_adapter_alone(recogniser, tmp_path, capsys):

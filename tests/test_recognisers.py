@@ -207,14 +207,16 @@ def test_embeddings_and_greedy_text_are_those_of_the_class_itself(policy, clips)
         assert out[0][:int(rollout.mask.sum())].tolist() == rollout.ids[rollout.mask].tolist()
 
 
-def test_pitfall_2_3_and_15_log_probs_are_those_of_the_sampler_and_of_each_clip_alone(policy, clips):
-    """In a batch of clips of mixed lengths, at a temperature that is not 1."""
+def test_pitfall_2_3_and_15_log_probs_are_those_of_the_sampler_and_of_each_clip_alone(policy, clips, monkeypatch):
+    """In a batch of clips of mixed lengths, at a temperature that is not 1; all logits at once or a row at a time."""
     mixed = sorted(clips, key=lambda u: u.seconds)[:: len(clips) // 3]
     prompts, rollout = rollout_of(policy, mixed, group=2, temperature=0.6, limit=12)
     assert len(set(prompts.mask.sum(dim=1).tolist())) > 1 or policy[1].__class__.__name__ == "VoxtralProcessor"
     assert (prompts.mask[:, -1] == 1).all()
     assert close(logprobs(policy, prompts, rollout, 2, 0.6), rollout.logp, rollout.mask, 1e-3)
     assert not close(logprobs(policy, prompts, rollout, 2), rollout.logp, rollout.mask, 0.05)
+    monkeypatch.setattr("engine.sampling.AT_ONCE", 1)
+    assert close(logprobs(policy, prompts, rollout, 2, 0.6), rollout.logp, rollout.mask, 1e-3)
     for i, clip in enumerate(mixed):
         rows = slice(2 * i, 2 * i + 2)
         alone = encode(policy[2], collate(policy[1], [clip], "en"))
