@@ -318,6 +318,7 @@ class Speech:
     wave: np.ndarray | None  # (samples,) float32; None where no reward needs it
     heard: str | None        # what the judge heard; None where it failed
     truncated: bool = False  # no stop token came
+    third: str | None = None  # what the third judge heard, where there is one
 
     def accuracy(self, language="en"):
         """R1; silence and an empty transcript get the worst, 0, and NaN says that the judge failed."""
@@ -345,6 +346,20 @@ def tts_reward(speech, group, rewards=("R1",), language="en", rate=16_000, devic
 
 
 # ---- speech: metrics ---------------------------------------------------------------------------------------
+
+def change_interval(texts, before, after, language="en", draws=10_000):
+    """95 % interval of the change in WER of the same texts, heard as `before` and as `after`: [low, high], by a paired
+    bootstrap over the texts; samples of one text stay together [choice]."""
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    counts = np.zeros((3, len(place)))                                              # errors, errors, words
+    for text, was, now in zip(texts, before, after, strict=True):
+        (*wrong, length), (*still_wrong, _) = (edit_counts(text, heard or "", language) for heard in (was, now))
+        counts[:, place[text]] += sum(wrong), sum(still_wrong), length
+    drawn = np.random.default_rng(0).multinomial(len(place), np.full(len(place), 1 / len(place)), draws)
+    was, now, length = counts @ drawn.T
+    return np.percentile((now - was) / length.clip(min=1), [2.5, 97.5]).tolist()
+
+
 
 def repeats(codes, least):
     """Whether `least` tokens or more in a row only repeat those 1 to 8 places before. With `least` a second of speech

@@ -12,7 +12,8 @@ COLUMNS = {"wer": "WER", "insertions": "ins", "deletions": "del", "substitutions
 
 TTS_ROWS = {"wer": ("WER by the second judge, %", 100), "insertions": ("  insertions, %", 100),
             "deletions": ("  deletions, %", 100), "substitutions": ("  substitutions, %", 100),
-            "token2text_wer": ("WER by the reward model, %", 100), "similarity": ("similarity to the voice", 1),
+            "third_wer": ("WER by the third judge, %", 100), "token2text_wer": ("WER by the reward model, %", 100),
+            "similarity": ("similarity to the voice", 1),
             "length_ratio": ("length / the recording's", 1), "words_per_s": ("words a second", 1),
             "f0_spread": ("F0 spread, semitones", 1), "truncated": ("never stopped, %", 100),
             "repetition": ("in a loop, %", 100)}
@@ -64,6 +65,9 @@ def print_tts_table(metrics):
         cells = [[f"{scale * m[when][column]:.{1 if scale > 1 else 3}f}" for when in ("before", "after")]
                  for m in metrics.values()]
         print(f"{title:28}" + "".join(f"{was:>8} ->{now:>6}   " for was, now in cells))
+        if column in ("wer", "third_wer"):
+            spans = [[100 * edge for edge in m["change"][column]] for m in metrics.values()]
+            print(f"{'  change, 95 % interval':28}" + "".join(f"{low:+8.1f} to{high:+6.1f}   " for low, high in spans))
 
 
 def print_transcripts(texts, before, after, language, count=5):

@@ -57,6 +57,8 @@ def parse_speech(argv=None, about=None, diffro=False):
     g.add_argument("--judge", default="checkpoints/asr", help="recogniser that rewards; token2text = the model of "
                    "--token2text reads the speech tokens, no waveform is made (default: %(default)s)")
     g.add_argument("--second-judge", default="checkpoints/asr2", help="another, for evaluation (default: %(default)s)")
+    g.add_argument("--third-judge", metavar="MODEL", help="one more ear for evaluation, best one that nobody here "
+                   "trained, e.g. openai/whisper-base: if only the second hears a gain, the reward is hacked")
     g.add_argument("--token2text", default="checkpoints/token2text", help="reads speech tokens: DiffRO's reward, or "
                    "--judge token2text (default: %(default)s)")
     g.add_argument("--speaker", default="checkpoints/speaker", help="whose voice is it (default: %(default)s)")

@@ -27,7 +27,7 @@ from engine.report import percent, print_start, print_times, print_transcripts, 
 from engine.run import Run, load_adapter, pick_device, quiet
 from engine.sampling import Prompts, generator_for, reference, sample, self_check
 from engine.text import language_code
-from rewards import Speech, asr_metrics, repeats, tts_metrics
+from rewards import Speech, asr_metrics, change_interval, repeats, tts_metrics
 
 START, END = "<|SPEECH_GENERATION_START|>", "<|SPEECH_GENERATION_END|>"
 EVAL_BATCH = 50  # test sentences at once: it decides which draw goes where
@@ -50,6 +50,7 @@ class Studio:
     dev: list                       # sentences that choose the best adapter
     tests: dict                     # {name: sentences to test on}
     before: dict = None             # {name: what `evaluate` gave before any step}
+    third: Judge | None = None      # evaluates too: an ear from outside
 
     @property
     def end(self):
@@ -108,6 +109,18 @@ def load_judges(args, device, first=True):
         if model and model.rate != codec.rate:
             raise DataError(f"{flag}: hears {model.rate} Hz, but the codec speaks {codec.rate} Hz")
     return codec, judge, second, speaker
+
+
+def load_third(args, device, rate, judges):
+    """The judge of --third-judge, frozen; None without it."""
+    if not args.third_judge:
+        return None
+    third = Judge(args.third_judge, device, args.offload, args.language, "--third-judge")
+    if third.rate != rate:
+        raise DataError(f"--third-judge: hears {third.rate} Hz, but the codec speaks {rate} Hz")
+    if any(same_weights(third.model, judge.model) for judge in judges if isinstance(judge, Judge)):
+        raise DataError("--third-judge is --judge or --second-judge: it would say the same once more")
+    return third
 
 
 def same_weights(one, other):
@@ -237,6 +250,7 @@ def set_up(args, name):
     tokens = args.judge == "token2text"
     codec, *judges = load_judges(args, device, first=getattr(args, "method", "grpo") != "diffro" and not tokens)
     token2text = Token2Text(args.token2text, device, codec.count) if tokens or "method" in args else None
+    third = load_third(args, device, codec.rate, judges)
     code = speech_tokens(tokenizer, codec, policy.config.vocab_size)
     voices = load_voices(args, codec, judges[-1])
     texts, dev, tests = split_texts(args)
@@ -248,7 +262,8 @@ def set_up(args, name):
         if (most := max(max(t.codes) for t in texts)) >= codec.count:
             raise DataError(f'--teach recording: --data has token {most}, and --codec knows {codec.count}: not of this '
                             "codec")
-    studio = Studio(args, tokenizer, policy, codec, *judges, token2text, code, voices, dev, tests)
+    studio = Studio(args, tokenizer, policy, codec, *judges, token2text, code, voices, dev, tests,
+                    third=third)
     everything = sum(tests.values(), texts + dev)
     check_lengths(policy, tokenizer, everything, voices, studio.limit, codec)
     print_start(policy, f"{len(texts)} texts in {len(voices)} voices", dev, tests)
@@ -302,6 +317,11 @@ def evaluate(studio, tests, before=None):
     due = due if all(due) else [len(s.codes) for s in before or speech]
     figures = tts_metrics(speech, similarity.tolist(), due, codec.tokens_per_s, codec.rate, args.language,
                           studio.policy.device)
+    if studio.third:
+        for s, heard in zip(speech, studio.third.transcribe([s.wave for s in speech])):
+            s.third = heard
+        figures["third_wer"] = asr_metrics([s.text for s in speech], [s.third or "" for s in speech], (),
+                                           args.language)["wer"]
     if studio.token2text:  # DiffRO's reward reads the same samples: a gap to the second judge that opens is hacking
         own = asr_metrics([s.text for s in tests], studio.token2text.read([s.codes for s in speech]), (), args.language)
         figures["token2text_wer"] = own["wer"]
@@ -340,6 +360,11 @@ def finish(run, studio, listened=10):
         after = {name: evaluate(studio, test, studio.before[name][0]) for name, test in studio.tests.items()}
     before, language = studio.before, studio.args.language
     metrics = {name: {"before": before[name][1], "after": after[name][1]} for name in after}
+    for name, found in metrics.items():
+        ears = {"wer": "heard", **({"third_wer": "third"} if studio.third else {})}
+        was, now = before[name][0], after[name][0]
+        found["change"] = {key: change_interval([s.text for s in now], [getattr(s, ear) for s in was],
+                                                [getattr(s, ear) for s in now], language) for key, ear in ears.items()}
     first = next(iter(after))
     was, now = (metrics[first][when]["wer"] for when in ("before", "after"))
     told = run.summary(f"{first} WER by the second judge, sampled, best adapter", was, now, metrics)

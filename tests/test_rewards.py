@@ -3,7 +3,15 @@ import jiwer
 import pytest
 
 from engine.text import normalize_text
-from rewards import asr_accuracy, asr_metrics, asr_reward, edit_counts, hallucination, keyword_score
+from rewards import (
+    asr_accuracy,
+    asr_metrics,
+    asr_reward,
+    change_interval,
+    edit_counts,
+    hallucination,
+    keyword_score,
+)
 
 # ---- the normaliser ----------------------------------------------------------------------------------------
 
@@ -194,6 +202,17 @@ def test_metrics_of_a_set_by_hand():
     assert out["insertions"] == pytest.approx(2 / 6) and out["deletions"] == pytest.approx(1 / 6)
     assert out["hallucination_rate"] == pytest.approx(1 / 3) and out["length_ratio"] == pytest.approx(7 / 6)
     assert out["keyword_f1"] == 0 and out["utterances"] == 3
+
+
+def test_the_interval_of_a_change_in_wer_is_paired_over_the_texts():
+    texts = ["a cat sat here", "my dog ran away", "good morning", "the end"]
+    wrong, worse, right = ["x cat sat here", "my dog", "morning", None], ["", "", "", ""], texts
+    assert change_interval(texts, wrong, wrong) == [0, 0]
+    assert change_interval(texts, right, worse) == [1, 1] and change_interval(texts, worse, right) == [-1, -1]
+    low, high = change_interval(texts, wrong, right)                    # by text 1 of 4, 2 of 4, 1 of 2, all of 2
+    assert low == pytest.approx(-0.8) and high == pytest.approx(-0.3125)
+    assert change_interval(texts * 3, wrong * 3, right * 3) == [low, high]     # three samples of a text are one draw
+    assert change_interval(texts, right, wrong) == [-high, -low]
 
 
 def test_metrics_where_nothing_was_said():

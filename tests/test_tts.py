@@ -1,5 +1,6 @@
 """Chapter 2: the rewards of speech on cases worked out by hand, the frozen models, and the policy that speaks."""
 import json
+from dataclasses import replace
 
 import jiwer
 import numpy as np
@@ -17,7 +18,7 @@ from engine.models import load_pretrained
 from engine.sampling import Prompts, Rollout, completion_logprobs, generator_for, sample, self_check
 from engine.speech import END, START, codes_of, evaluate, load, make_prompts, prompt_ids, speech_tokens
 from grpo_tts import judged_advantages
-from rewards import Speech, duration_reward, f0_spread, repeats, tts_reward
+from rewards import Speech, asr_metrics, duration_reward, f0_spread, repeats, tts_reward
 
 G, RATE = 4, 16_000
 TEXTS = ("marian told anna a cheap story about the falcon", "the animal near the market belongs to walter")
@@ -256,6 +257,18 @@ def test_what_is_evaluated(speaking):
 
 # ---- data and mistakes -------------------------------------------------------------------------------------
 
+def test_a_third_judge_hears_the_same_samples(speaking):
+    """And the second judge's figures stay what they are without it."""
+    studio = speaking[0]
+    tests = studio.dev[:2]
+    alone, (speech, figures) = evaluate(studio, tests)[1], evaluate(
+        replace(studio, third=studio.judge), tests)
+    third = [studio.judge.transcribe([s.wave])[0] for s in speech]
+    assert [s.third for s in speech] == third != [s.heard for s in speech]
+    assert figures["third_wer"] == asr_metrics([s.text for s in tests], third)["wer"] != figures["wer"]
+    assert {key: value for key, value in figures.items() if key != "third_wer"} == alone
+
+
 def test_texts_from_a_plain_file_and_from_metadata(tmp_path):
     (tmp_path / "texts.txt").write_text("one  two\n\nthree\n")
     assert [s.text for s in load_sentences(tmp_path / "texts.txt")] == ["one two", "three"]
@@ -296,7 +309,9 @@ def test_embedded_texts_and_tests_are_disjoint_and_what_is_in_both_is_left_out(t
     (["--speaker", "nowhere"], "--speaker nowhere"), (["--voices", "nowhere"], "nowhere: no such folder"),
     (["--batch", "1000"], "fewer than --batch"), (["--max-seconds", "0.1"], "a second of speech or more"),
     (["--max-seconds", "1000"], "positions"), (["--language", "klingon"], "--language klingon"),
-    (["--second-judge", "checkpoints/asr"], "must not be --judge")]), *((diffro_tts, *case) for case in [
+    (["--second-judge", "checkpoints/asr"], "must not be --judge"),
+    (["--third-judge", "checkpoints/asr2"], "it would say the same once more"),
+    (["--third-judge", "nowhere"], "--third-judge nowhere: no such folder")]), *((diffro_tts, *case) for case in [
         (["--token2text", "nowhere"], "--token2text nowhere: no such folder"),
         (["--token2text", "checkpoints/tts"], "--token2text checkpoints/tts"),
         (["--teach", "recording", "--data", "data/tts/test/plain"], "--teach recording needs")])])
