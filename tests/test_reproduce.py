@@ -18,7 +18,10 @@ from tools import measure, reproduce
 
 SCRIPTS = {"grpo_asr.py": grpo_asr, "grpo_tts.py": grpo_tts, "diffro_tts.py": diffro_tts}
 RUNS = reproduce.RUNS.resolve()
-BEFORE = dict(wer=0.2, similarity=0.8, length_ratio=1.0, f0_spread=2.5, truncated=0.0)
+BEFORE = dict(wer=0.2, similarity=0.8, length_ratio=1.0, f0_spread=2.5, truncated=0.0, repetition=0.01)
+
+
+SUMMARY = {"seconds": 3, "last": 0.05, "test": {"plain": {"before": BEFORE, "after": {**BEFORE, "wer": 0.05}}}}
 
 
 def tables_of(results):
@@ -30,8 +33,9 @@ def tables_of(results):
 def speech_line(row, seed, wer):
     """A line of a run of chapter 2 or 3."""
     after = {**BEFORE, "wer": wer, "similarity": 0.9}
-    return {"row": row, "seed": seed, "script": "grpo_tts.py", "arguments": {}, "summary": {"seconds": 1},
-            "curve": {f"eval_{key}": {"0": BEFORE[key], "100": 9.0, "200": after[key]} for key in BEFORE}}
+    sets = {name: {"before": BEFORE, "after": after} for name in ("plain", "hard")}
+    return {"row": row, "seed": seed, "script": "grpo_tts.py", "arguments": {}, "curve": {"eval_wer": {"0": 0.2}},
+            "summary": {"seconds": 1, "test": sets}}
 
 
 class Stub:
@@ -55,7 +59,7 @@ class Stub:
             rows = [header, {"step": -1, "eval": BEFORE, "eval_wer": 0.2}, {"step": 0, "kl": 0.1}, evaluation]
             folder.mkdir()
             (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            (folder / "summary.json").write_text(json.dumps({"seconds": 3, "last": 0.05}))
+            (folder / "summary.json").write_text(json.dumps(SUMMARY))
         return Namespace(returncode=self.status)
 
 
@@ -95,7 +99,7 @@ def test_every_line_is_of_the_row_that_it_names(what):
 def test_docs_runs_is_small_and_holds_nothing_else():
     files = {path.name: path.stat().st_size for path in RUNS.iterdir()}
     known = {f"{what}.jsonl" for what in [*reproduce.ROWS, "figure2"]}
-    assert all(name in known or name.endswith(("-k3.jsonl", "-grammar.jsonl")) for name in files)
+    assert set(files) <= {*known, "table1-cpu.jsonl"}
     assert sum(files.values()) < 2e6
 
 
@@ -103,8 +107,7 @@ def test_the_tables_of_the_pages_are_those_of_the_lines():
     pages = "".join(path.read_text(encoding="utf-8") for path in [Path("README.md"), *Path("docs").glob("*.md")])
     found = dict(re.findall(r"<!-- (\S+) -->\n([^<]*)<!-- end -->", pages))
     assert found == tables_of(RUNS)
-    there = {path.stem for path in Path("docs/pictures").iterdir()}
-    assert set(re.findall(r"pictures/(\S+?)\.png", pages)) <= there
+    assert {path.name for path in Path("docs/pictures").iterdir()} == set(re.findall(r"pictures/(\S+?\.png)", pages))
 
 
 def test_the_order_of_the_lines_changes_no_table(tmp_path):
@@ -154,8 +157,8 @@ def test_a_missing_run_is_run_and_gets_a_line_and_one_that_is_there_is_not(stub,
     assert path.read_bytes().startswith(kept) and Path("runs/reproduce/mine-table2-diffro-r1-seed2/log.jsonl").exists()
     _, two, _ = sorted(reproduce.read_lines(path), key=lambda line: line["seed"])
     assert two == {"row": "DiffRO, R1", "seed": 2, "script": "diffro_tts.py", "commit": "abc", "versions": {},
-                   "arguments": {"lr": 1.0, "micro": 64, "eval_every": 100, "eval_samples": 8},
-                   "device": "cpu", "dtype": "torch.float32", "summary": {"seconds": 3, "last": 0.05},
+                   "arguments": {"lr": 1.0, "steps": 80, "micro": 64, "eval_every": 20, "eval_samples": 2},
+                   "device": "cpu", "dtype": "torch.float32", "summary": SUMMARY,
                    "curve": {"kl": {"0": 0.1}, **{f"eval_{key}": {"0": value, "1": 0.05 if key == "wer" else value}
                                                   for key, value in BEFORE.items()}}}
     assert "| DiffRO, R1 | 3 | 5.0 |" in capsys.readouterr().out and Path("mine/table2.png").exists()
@@ -244,16 +247,18 @@ def test_mistakes_are_named(flags, message, capsys):
 
 # ---- tables --------------------------------------------------------------------------------------------------------
 
-def test_the_table_is_the_mean_and_range_after_the_last_step(tmp_path):
+def test_the_table_is_the_mean_and_range_of_the_best_adapters(tmp_path):
     for row, seed, wer in (("GRPO, R1", 3, 0.14), ("GRPO, R1", 1, 0.9), ("DiffRO, R1", 1, 0.05), ("GRPO, R1", 2, 0.12),
                            ("a row of long ago", 1, 0.5), ("GRPO, R1", 1, 0.10)):          # the last of several counts
         reproduce.append_line(tmp_path / "table2.jsonl", speech_line(row, seed, wer))
     assert tables_of(tmp_path)["table2"].splitlines() == [
-        "|  | seeds | WER, % | SS | length | F0 spread | never stopped, % | paper zh | paper en |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| no RL |  | 20.0 | 0.800 | 1.000 | 2.50 | 0.0 | 4.280 / 77.64 | 6.074 / 70.87 |",
-        "| DiffRO, R1 | 1 | 5.0 | 0.900 | 1.000 | 2.50 | 0.0 | 3.418 / 77.00 | 5.690 / 70.01 |",
-        "| GRPO, R1 | 3 | 12.0 (10.0 to 14.0) | 0.900 | 1.000 | 2.50 | 0.0 | 3.710 / 77.26 | 5.974 / 70.26 |"]
+        "|  | seeds | plain WER | hard WER | SS | length | F0 spread | hard loops | hard no end | paper zh | paper en "
+        "|",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| no RL |  | 20.0 | 20.0 | 0.800 | 1.000 | 2.50 | 1.0 | 0.0 | 4.280 / 77.64 | 6.074 / 70.87 |",
+        "| DiffRO, R1 | 1 | 5.0 | 5.0 | 0.900 | 1.000 | 2.50 | 1.0 | 0.0 | 3.418 / 77.00 | 5.690 / 70.01 |",
+        "| GRPO, R1 | 3 | 12.0 (10.0 to 14.0) | 12.0 (10.0 to 14.0) | 0.900 | 1.000 | 2.50 | 1.0 | 0.0 | 3.710 / 77.26 "
+        "| 5.974 / 70.26 |"]
 
 
 def test_figure_2_has_a_row_for_what_ran_where_and_the_last_measurement_counts(tmp_path):
