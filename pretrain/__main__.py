@@ -1,14 +1,16 @@
 """Builds the embedded models and data from nothing: sentences, voices, a recogniser, RL pools and test sets.
 
     python -m pretrain                  all stages below, in order (seeded)
-    python -m pretrain speech           speak the corpus, with its features                build/speech.pt, corpus.pt
+    python -m pretrain speech           speak the corpus, with its features                build/speech, corpus
     python -m pretrain asr asr2         two recognisers, independent of each other         checkpoints/asr, asr2
     python -m pretrain codec tokens     the codec, and all recordings as its tokens        checkpoints/codec
-    python -m pretrain decoded asr_on asr2_on    both recognisers go on, what the codec says among their speech
+    python -m pretrain asr_on asr2_on   both recognisers go on, what the codec says among their speech
     python -m pretrain tts token2text speaker    the models of chapters 2 and 3
     python -m pretrain texts            sentences, test recordings and voices of chapters 2 and 3     data/tts
     python -m pretrain sets             RL pools D0-D3 and the test sets, from both recognisers       data/
     python -m pretrain check            how well they read every voice, as spoken and after the codec
+    python -m pretrain together --minutes 22 --seed 9    recognisers, LLM and Token2Text go on with other speech for so
+                                        long, while it is spoken, on all GPUs that are there
 
 How well the LLM speaks: `python grpo_tts.py --steps 0`.
 
@@ -19,9 +21,11 @@ with the stage that it was in.
 """
 import argparse
 import os
+import sys
 
-STAGES = ["speech", "asr", "asr2", "codec", "tokens", "decoded", "asr_on", "asr2_on", "tts", "token2text", "speaker",
-          "texts", "sets", "check"]
+STAGES = ["speech", "asr", "asr2", "codec", "tokens", "asr_on", "asr2_on", "tts", "token2text", "speaker", "texts",
+          "sets", "check"]
+ENCODERS = 5        # processes of `together` that make tokens: a part takes one of them 60 s, voices 45
 
 
 def parse_args(argv=None):
@@ -29,6 +33,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="which stages, in order (default: all)")
     parser.add_argument("--count", type=int, default=240_000, help="utterances of the corpus (default: 240000)")
+    parser.add_argument("--part", type=int, default=12_000, help="of them a part of it (default: 12000)")
+    parser.add_argument("--minutes", type=float, help="a training ends by the clock, not by its steps")
+    parser.add_argument("--nth", type=int, nargs=2, default=(0, 1), metavar=("K", "N"),
+                        help="speech, tokens: of the parts every N-th from K on (default: 0 1, all)")
     parser.add_argument("--train-steps", type=int, default=8_000, help="of each recogniser (default: 8000)")
     parser.add_argument("--on-steps", type=int, default=15_000, help="of each when it goes on (default: 15000)")
     parser.add_argument("--batch", type=int, default=256, help="utterances a step (default: 256)")
@@ -59,21 +67,50 @@ def parse_args(argv=None):
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that speak (default: all cores)")
     parser.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     args = parser.parse_args(argv)
-    if set(args.stages) - set(STAGES):
+    if set(args.stages) - {*STAGES, "together"}:
         parser.error(f"no such stage: {' '.join(set(args.stages) - set(STAGES))}; one of {', '.join(STAGES)}")
+    args.flags = [word for word in sys.argv[1:] if word != "together"] if argv is None else []
     return args
 
 
 if __name__ == "__main__":
     parse_args()  # --help and typing errors answer at once, before torch loads
 
+import subprocess
+from pathlib import Path
+
+import torch
+
 from pretrain import asr, codec, tts
+
+
+def together(args):
+    """All that goes on, side by side, each in build/logs: voices, tokens of what they said, four trainings."""
+    jobs = {"asr_on": 0, "asr2_on": 1, "tts": 2, "token2text": 3,                  # and the card of each
+            **{f"tokens {k}": k for k in range(ENCODERS)}, "speech": 0}
+    started, logs = {}, Path("build/logs")
+    logs.mkdir(parents=True, exist_ok=True)
+    for job, card in jobs.items():
+        stage, *nth = job.split()
+        workers = args.workers - len(jobs) - ENCODERS if stage == "speech" else 2
+        command = [sys.executable, "-m", "pretrain", stage, *args.flags, "--go-on", f"--workers={max(1, workers)}",
+                   *(["--nth", *nth, str(ENCODERS)] if nth else [])]
+        cards = {"CUDA_VISIBLE_DEVICES": str(card % torch.cuda.device_count())} if torch.cuda.is_available() else {}
+        with open(logs / f"{job.replace(' ', '-')}.txt", "w", encoding="utf-8") as log:
+            started[job] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
+                                            env={"OMP_NUM_THREADS": "2", **os.environ, **cards})
+    failed = [job for job, process in started.items() if process.wait()]
+    for job in started:
+        last = (logs / f"{job.replace(' ', '-')}.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
+        print(f"{job}: {''.join(last)}")
+    if failed:
+        sys.exit(f"error: {', '.join(failed)}: their last words are in {logs}")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    made = {"speech": asr.speak_corpus, "codec": codec.train_codec, "tokens": codec.encode_corpus,
-            "decoded": asr.hear_decoded, "tts": tts.train_tts, "token2text": tts.train_token2text,
+    made = {"together": together, "speech": asr.speak_corpus, "codec": codec.train_codec, "tokens": asr.encode_corpus,
+            "tts": tts.train_tts, "token2text": tts.train_token2text,
             "speaker": tts.train_speaker, "texts": tts.build_texts, "sets": asr.build_sets, "check": asr.check}
     for stage in args.stages or STAGES:
         name, _, on = stage.partition("_")

@@ -1,8 +1,8 @@
 """The recognisers and what they hear: the training corpus, both models, RL pools and test sets of chapter 1.
 
 The stages, called by `python -m pretrain STAGE`:
-    speech       speak the training corpus, for all models          build/speech.pt, sound; build/corpus.pt, features
-    decoded      features of what the codec says                    build/decoded.pt
+    speech       speak the training corpus, for all models          build/speech, sound; build/corpus, features
+    tokens       it as speech tokens, some of it decoded            build/tokens; build/decoded, features
     asr, asr2    the policy of chapter 1; a smaller one, of another seed and fewer voices
     asr_on, asr2_on    both, with what the codec says among it      checkpoints/asr, checkpoints/asr2
     sets         RL pools D0-D3 and the test sets, from both        data/
@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torchaudio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import (
     FunAsrNanoConfig,
     FunAsrNanoFeatureExtractor,
@@ -37,12 +36,13 @@ from transformers import (
 from engine.judges import Judge
 from engine.models import mend_attention
 from engine.run import pick_device
-from pretrain import codec, corpus
-from pretrain.codec import HELD
+from pretrain import codec, corpus, parts
 from pretrain.graph import graphed_by_shape, up_to
+from pretrain.parts import BUILD, HELD, pace
 from rewards import repeats_itself
 
-BUILD, CHECKPOINTS, DATA = Path("build"), Path("checkpoints"), Path("data")
+CHECKPOINTS, DATA = Path("checkpoints"), Path("data")
+SPOKEN = 0.65       # of the time that --minutes gives: after it no part is begun
 NOISY_SHARE, TARGET_SNR = 0.2, (5.0, 20.0)  # the target domain: how much of it is in noise, dB
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"]
 # The prompt that Fun-ASR-Nano was trained with, as a template for the same kinds of content.
@@ -122,14 +122,14 @@ def build_recogniser(processor, encoder_layers, width, encoder_ffn, llm_layers, 
 
 # ---- the training corpus -----------------------------------------------------------------------------------
 
-def plan_corpus(count, seed):
-    """What will be said: rows (text, spoken text, keywords, voice, snr_db or None, kind of noise, seed).
+def plan_corpus(count, seed, part):
+    """What a part will say: rows (text, spoken text, keywords, voice, snr_db or None, kind of noise, seed).
 
     Of a hundred 3 are noise without words, 4 genuine repetitions, 13 sentences of the grammar, 10 two to seven open
     sentences in one go, the others one; of the open ones 45 % are a dictionary's, 20 % as people say them, 35 %
     everyday frames. Keywords are names, or words that open English says five times at most.
     """
-    rng = np.random.default_rng(seed)
+    rng, number = np.random.default_rng([seed, part]), (1000 * seed + part) * count        # a row's own seed
     counts = collections.Counter(word for text in corpus.open_sentences() for word in text.split())
     rare = lambda text: [w for w in dict.fromkeys(text.split()) if counts[w] <= 5 and len(w) > 4]  # noqa: E731
     ours = {text for name in ("open", "plain", "hard") for text in corpus.own_sentences(name)}
@@ -150,7 +150,7 @@ def plan_corpus(count, seed):
     for i in range(count):
         kind, keywords, voice = rng.random(), None, corpus.any_voice(rng)
         if kind < 0.03:
-            rows.append(("", "", [], None, None, str(rng.choice(["white", "pink", "hum", "silence"])), seed + i))
+            rows.append(("", "", [], None, None, str(rng.choice(["white", "pink", "hum", "silence"])), number + i))
             continue
         if kind < 0.07:
             said, keywords = corpus.sentence(rng, "repeat", repeats=(2, 6), unknown=False)
@@ -162,14 +162,13 @@ def plan_corpus(count, seed):
         text = said.replace(".", "")
         snr = float(rng.uniform(8, 25)) if rng.random() < 0.25 else None
         rows.append((text, said, rare(text) if keywords is None else keywords, voice, snr,
-                     str(rng.choice(["white", "pink", "hum"])), seed + i))
+                     str(rng.choice(["white", "pink", "hum"])), number + i))
     return rows
 
 
 def record(rows):
-    """Rows of one voice -> for each where it is found: (file, place). In the file: features of the recogniser, in noise
-    where the row says so, and samples, peak LEVEL, as int16 at 16 kHz (none unless chapters 2 and 3 learn from them).
-    """
+    """Rows of one voice -> the file that has features of the recogniser, in noise where a row says so, and samples,
+    peak LEVEL, as int16 at 16 kHz (none unless chapters 2 and 3 learn from them)."""
     torch.set_num_threads(1)                                # a process a core: more threads would wait for each other
     extractor, samples, features = FunAsrNanoFeatureExtractor(), [], []
     for row, wave in zip(rows, voiced(rows)):
@@ -178,10 +177,10 @@ def record(rows):
         samples.append(np.round(wave * 32767).astype(np.int16) if kept else np.zeros(0, np.int16))
         heard = extractor(in_noise(row, another_voice(row, wave)), sampling_rate=corpus.SAMPLE_RATE).input_features[0]
         features.append(heard.to(torch.float16).numpy())
-    file = BUILD / "parts" / f"{rows[0][-1]}.npz"                       # hours of sound are too much for a pipe
+    file = BUILD / "chunks" / f"{rows[0][-1]}.npz"                      # hours of sound are too much for a pipe
     np.savez(file, samples=np.concatenate(samples), features=np.concatenate(features),
              lengths=[*map(len, samples)], frames=[*map(len, features)])
-    return [(file, place) for place in range(len(rows))]
+    return file
 
 
 def voiced(rows):
@@ -215,46 +214,70 @@ def processes():
     return context
 
 
-def in_parallel(work, rows, workers, chunk=24):
-    """`work` on all rows on all cores, those of one voice together: the results in the order of the rows."""
+def of_one_voice(rows, chunk):
+    """Places of rows in chunks of one voice each, the slowest program's first."""
     by_voice = sorted(range(len(rows)), key=lambda i: str(rows[i][3]))
-    parts = [same[i:i + chunk] for _, same in itertools.groupby(by_voice, key=lambda i: rows[i][3])
-             for same in [list(same)] for i in range(0, len(same), chunk)]
-    parts.sort(key=lambda part: "piper" not in str(rows[part[0]][3]))                        # the slowest first
-    found = [None] * len(rows)
+    chunks = [same[i:i + chunk] for _, same in itertools.groupby(by_voice, key=lambda i: rows[i][3])
+              for same in [list(same)] for i in range(0, len(same), chunk)]
+    return sorted(chunks, key=lambda places: "piper" not in str(rows[places[0]][3]))
+
+
+def in_parallel(work, rows, workers, chunk=8):
+    """`work` on all rows on all cores, those of one voice together: the results in the order of the rows."""
+    chunks, found = of_one_voice(rows, chunk), [None] * len(rows)
     with ProcessPoolExecutor(workers, processes()) as pool:
-        results = pool.map(work, [[rows[i] for i in part] for part in parts])
-        for part, result in zip(parts, tqdm(results, total=len(parts), desc="speak", mininterval=5)):
-            for i, one in zip(part, result):
+        for places, result in zip(chunks, pool.map(work, [[rows[i] for i in places] for places in chunks])):
+            for i, one in zip(places, result):
                 found[i] = one
     return found
 
 
 def speak_corpus(args):
-    """Speaks the training corpus: build/corpus.pt with the features of all, build/speech.pt with the samples of those
-    that chapters 2 and 3 learn from, one after another."""
-    rows, started = plan_corpus(args.count, args.seed), time.time()
-    (BUILD / "parts").mkdir(parents=True, exist_ok=True)
-    places, found = in_parallel(record, rows, args.workers), {}
-    for file in {file for file, _ in places}:
-        with np.load(file) as part:
-            found[file] = [np.split(part[what], np.cumsum(part[sizes])[:-1])
-                           for what, sizes in (("samples", "lengths"), ("features", "frames"))]
+    """Speaks the parts of the corpus that are missing, the next while one is put together."""
+    started, ahead = time.time(), collections.deque()
+    (BUILD / "chunks").mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(args.workers, processes()) as pool:
+        def put_together():
+            part, rows, chunks, jobs = ahead.popleft()
+            hours, kept = save_part(part, rows, chunks, [job.result() for job in jobs])
+            print(f"speech of part {part}: {len(rows)} utterances, {hours:.1f} h, {kept} kept as sound; "
+                  f"{time.time() - started:.0f} s", flush=True)
+
+        for part in (part for part in parts.numbers(args) if not parts.path("speech", part).exists()):
+            if args.minutes and time.time() - started > 60 * SPOKEN * args.minutes:
+                break
+            rows = plan_corpus(args.part, args.seed, part)
+            chunks = of_one_voice(rows, 24)
+            ahead.append((part, rows, chunks, [pool.submit(record, [rows[i] for i in places]) for places in chunks]))
+            if len(ahead) > 2:
+                put_together()
+        while ahead:
+            put_together()
+
+
+def save_part(part, rows, chunks, files):
+    """A part of build/corpus, the features of all rows, and of build/speech, the samples of those that chapters 2 and 3
+    learn from, one after another: hours of speech, rows kept as sound."""
+    samples, features = [None] * len(rows), [None] * len(rows)
+    for places, file in zip(chunks, files):
+        with np.load(file) as found:
+            for into, what, sizes in ((samples, "samples", "lengths"), (features, "features", "frames")):
+                for i, one in zip(places, np.split(found[what], np.cumsum(found[sizes])[:-1])):
+                    into[i] = one
         file.unlink()
-    samples, features = ([found[file][k][place] for file, place in places] for k in (0, 1))
-    save_features(features, [r[0] for r in rows], [r[2] for r in rows], [r[3] and r[3][1] for r in rows], "corpus")
+    texts, _, keywords, voices, *_ = zip(*rows)
+    save_features(features, list(texts), list(keywords), [voice and voice[1] for voice in voices], "corpus", part)
     kept = [i for i, wave in enumerate(samples) if len(wave)]
-    torch.save({"samples": torch.from_numpy(np.concatenate([samples[i] for i in kept])),
+    parts.save({"samples": torch.from_numpy(np.concatenate([samples[i] for i in kept])),
                 "lengths": torch.tensor([len(samples[i]) for i in kept]), "text": [rows[i][0] for i in kept],
-                "voice": [rows[i][3][1] for i in kept]}, BUILD / "speech.pt")
-    hours = sum(map(len, features)) * 0.06 / 3600
-    print(f"speech: {len(rows)} utterances, {hours:.1f} h, {len(kept)} kept as sound; {time.time() - started:.0f} s")
+                "voice": [rows[i][3][1] for i in kept]}, "speech", part)
+    return sum(map(len, features)) * 0.06 / 3600, len(kept)
 
 
-def save_features(features, texts, keywords, voices, name):
-    """build/NAME.pt: features (all frames, 560) as float16, frames of each row, and what was said by whom."""
-    torch.save({"features": torch.from_numpy(np.concatenate(features)), "frames": torch.tensor([*map(len, features)]),
-                "text": texts, "keywords": keywords, "voice": voices}, BUILD / f"{name}.pt")
+def save_features(features, texts, keywords, voices, kind, part):
+    """A part: features (all frames, 560) as float16, frames of each row, and what was said by whom."""
+    parts.save({"features": torch.from_numpy(np.concatenate(features)), "frames": torch.tensor([*map(len, features)]),
+                "text": texts, "keywords": keywords, "voice": voices}, kind, part)
 
 
 def features_of(wave):
@@ -264,16 +287,26 @@ def features_of(wave):
     return heard.to(torch.float16).numpy()
 
 
-def hear_decoded(args):
-    """Features of sentences of build/tokens as the codec says them: build/decoded.pt, which the recognisers hear too,
-    since both judge such speech in chapters 2 and 3."""
-    rows, started = codec.read_tokens(BUILD / "tokens")[HELD:HELD + args.decoded_count], time.time()
-    waves = codec.decode_tokens(codec.load_codec(pick_device(args.device)), [np.array(r["tokens"]) for r in rows])
+def encode_corpus(args):
+    """Every recording of build/speech as speech tokens, those for checking first; and features of some of them as the
+    codec says them, which the recognisers hear too, since both judge such speech in chapters 2 and 3."""
+    coder, started, share = codec.load_codec(pick_device(args.device)), time.time(), args.decoded_count / args.count
     with ProcessPoolExecutor(args.workers, processes()) as pool:
-        features = list(tqdm(pool.map(features_of, waves, chunksize=32), total=len(rows), desc="hear", mininterval=5))
-    save_features(features, [r["text"] for r in rows], [corpus.keywords_in(r["text"]) for r in rows],
-                  [r["voice"] for r in rows], "decoded")
-    print(f"decoded: {len(rows)} utterances, {time.time() - started:.0f} s")
+        for part in (part for part in parts.numbers(args) if not parts.path("decoded", part).exists()):
+            if not parts.wait_for(args, "speech", part):
+                break
+            data = parts.load("speech", part)
+            codes = codec.encode_waves(coder, data["samples"], data["lengths"], most=2 ** 24)
+            rows = [{"text": text, "voice": voice, "tokens": row.tolist()}
+                    for text, voice, row in zip(data["text"], data["voice"], codes)][::-1]
+            parts.write_tokens(rows, part)
+            some = rows[HELD * (part == 0):][:int(share * args.part)]
+            waves = codec.decode_tokens(coder, [np.array(row["tokens"]) for row in some])
+            features = list(pool.map(features_of, waves, chunksize=32))
+            save_features(features, [row["text"] for row in some], [corpus.keywords_in(row["text"]) for row in some],
+                          [row["voice"] for row in some], "decoded", part)
+            print(f"tokens of part {part}: {len(rows)} recordings, {sum(map(len, codes))} tokens, {len(some)} decoded, "
+                  f"{time.time() - started:.0f} s", flush=True)
 
 
 # ---- supervised training -----------------------------------------------------------------------------------
@@ -281,7 +314,7 @@ def hear_decoded(args):
 def tokenized(processor, texts, keywords, seed):
     """Prompt pieces and targets as lists of ids: [(before audio, after audio, target)] in two forms, without and
     with keywords in the prompt. The keyword list holds the sentence's own and as many that are not said."""
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng(seed)
     everyone = np.array(sorted({word for own in keywords for word in own}))
     encode = lambda strings: processor.tokenizer(strings, add_special_tokens=False).input_ids  # noqa: E731
     targets, forms = encode([text + "<|im_end|>" for text in texts]), []
@@ -326,28 +359,52 @@ def warp(x, generator, most=0.12):
 
 
 def train_recogniser(args, name, on=False):
-    """Supervised training of one recogniser on build/corpus.pt: checkpoints/NAME, in bf16. `on`: from what is there,
-    and on build/decoded.pt as well.
+    """Supervised training of one recogniser on build/corpus, on the parts that are there and on those that come:
+    checkpoints/NAME, in bf16. `on`: from what is there, and on build/decoded as well.
     """
-    parts = [torch.load(BUILD / f"{part}.pt", weights_only=True) for part in ["decoded", "corpus"][not on:]]
-    texts, keywords, voices = (sum((part[key] for part in parts), []) for key in ("text", "keywords", "voice"))
-    frames, size, folder = torch.cat([part["frames"] for part in parts]), SIZES[name], CHECKPOINTS / name
+    size, folder = SIZES[name], CHECKPOINTS / name
+    parts.wait_for_first(args, "corpus")
     if on:
         processor = FunAsrNanoProcessor.from_pretrained(folder)
         model = mend_attention(FunAsrNanoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
     else:
-        processor = build_processor(texts)
+        processor = build_processor(sum((data["text"] for _, data in parts.come("corpus", set())), []))
         model = build_recogniser(processor, **size)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True      # fewer kernels than autocast
     device = pick_device(args.device)
     model.to(device).train()
-    features = torch.cat([part["features"] for part in parts]).to(device)             # (all frames, 560)
-    offsets = torch.cumsum(frames, 0) - frames
-    forms = tokenized(processor, texts, keywords, size["seed"])
     rng = np.random.default_rng([size["seed"], on])
     generator = torch.Generator(device).manual_seed(size["seed"])
-    usable = np.array([i for i, voice in enumerate(voices[:-HELD]) if name == "asr" or voice not in UNKNOWN_TO_ASR2])
     steps, lr = (args.on_steps, 0.5 * args.lr) if on else (args.train_steps, args.lr)
+    features, frames = torch.zeros(0, 560, dtype=torch.float16, device=device), torch.zeros(0, dtype=torch.long)
+    texts, keywords, forms, usable, seen = [], [], ([], []), [], {"corpus": set(), "decoded": set()}
+    unheard = UNKNOWN_TO_ASR2 if name == "asr2" else ()
+
+    def take():
+        """Adds the parts that have come since; whether there were any."""
+        nonlocal features, frames, offsets
+        before = len(texts)
+        for kind in ["corpus", "decoded"][:1 + on]:
+            for part, data in parts.come(kind, seen[kind]):
+                start, new = len(texts), len(data["text"])
+                if not texts:                                           # the first part's last rows are for checking
+                    new -= HELD
+                    held.update(data["text"][new:])
+                usable.extend(start + i for i, text in enumerate(data["text"][:new])
+                              if data["voice"][i] not in unheard and (not text or text not in held))
+                features = torch.cat([features, data["features"].to(device)])           # (all frames, 560)
+                frames = torch.cat([frames, data["frames"]])
+                texts.extend(data["text"])
+                keywords.extend(data["keywords"])
+                for form, more in zip(forms, tokenized(processor, data["text"], data["keywords"],
+                                                       [size["seed"], part, kind == "decoded"])):
+                    form.extend(more)
+        offsets = torch.cumsum(frames, 0) - frames
+        return len(texts) > before
+
+    held, offsets = set(), None
+    take()
+    last = np.arange(len(parts.load("corpus", 0)["text"]))[-HELD:]
     # A CTC head on the audio embeddings, for training alone, as the encoder of the real family had. Without it the LLM
     # learned the grammar (0.8 nats a token) and hardly listened within 2,400 steps. Who listens needs it no more.
     ctc_head = torch.nn.Linear(model.config.text_config.hidden_size, len(processor.tokenizer) + 1).to(device)
@@ -356,8 +413,20 @@ def train_recogniser(args, name, on=False):
                                   fused=device.type == "cuda", capturable=device.type == "cuda")
     audio_id, pad_id = model.config.audio_token_id, processor.tokenizer.pad_token_id
 
-    def gather(index, augment):
-        """Features (N, T, 560) and mask (N, T) of these rows."""
+    def blanks(index, with_keywords):
+        """Of half of the rows with a list the stretch (N, 2), as shares of the row, where one of their own words is
+        said, by its letters: unheard, it has to be read from the list. (0, 0) for the others."""
+        found = torch.zeros(len(index), 2)
+        for row, i in enumerate(index):
+            own = [word for word in keywords[i] if word in texts[i]]
+            if with_keywords[row] and own and rng.random() < 0.5:
+                word = own[int(rng.integers(len(own)))]
+                at = texts[i].index(word)
+                found[row] = torch.tensor([at, at + len(word)]) / len(texts[i])
+        return found
+
+    def gather(index, augment, blank=None):
+        """Features (N, T, 560) and mask (N, T) of these rows, their `blank` stretches silent."""
         n = frames[index]
         span = torch.arange(int(rounded(n).max()))
         mask = span < n[:, None]
@@ -366,8 +435,9 @@ def train_recogniser(args, name, on=False):
         x = features[at].float()
         if augment:                                                        # SpecAugment: 2 spans, 2 mel bands
             x = warp(x, generator)
+            t, (start, stop) = torch.arange(x.shape[1], device=device), (blank * n[:, None]).to(device).T[..., None]
+            x = x.masked_fill(((t >= start) & (t < stop))[..., None], -6.0)
             r = torch.rand((6, len(index), 1), generator=generator, device=device)
-            t = torch.arange(x.shape[1], device=device)
             band = torch.arange(x.shape[2], device=device) % 80
             for i in (0, 1):
                 start = r[i] * n.to(device)[:, None]
@@ -379,14 +449,15 @@ def train_recogniser(args, name, on=False):
 
     def batches():
         """Rows of about the same length, few when they are long; each kind has one size, so there are few shapes."""
-        sizes = rounded(frames[usable]).numpy()
+        theirs = np.array(usable)
+        sizes = rounded(frames[theirs]).numpy()
         while True:
-            parts = []
+            found = []
             for longest in np.unique(sizes):
-                rows = rng.permutation(usable[sizes == longest])
+                rows = rng.permutation(theirs[sizes == longest])
                 count = max(1, min(args.batch, 96 * args.batch // longest))
-                parts += [rows[i:i + count] for i in range(0, len(rows) - count + 1, count)]
-            yield from (parts[i] for i in rng.permutation(len(parts)))
+                found += [rows[i:i + count] for i in range(0, len(rows) - count + 1, count)]
+            yield from (found[i] for i in rng.permutation(len(found)))
 
     def inputs(index, with_keywords, augment):
         """What `hear` reads, and the labels (N, L); then what CTC reads."""
@@ -394,7 +465,8 @@ def train_recogniser(args, name, on=False):
         ids, labels = collate(rows, frames[index], audio_id, pad_id)
         start = torch.tensor([len(before) for before, _, _ in rows])
         ctc = [torch.tensor(row[2][:-1], dtype=torch.long) for row in rows], frames[index]
-        return [*gather(torch.as_tensor(index), augment), *(t.to(device) for t in (ids, start, labels))], ctc
+        blank = blanks(index, with_keywords) if augment else None
+        return [*gather(torch.as_tensor(index), augment, blank), *(t.to(device) for t in (ids, start, labels))], ctc
 
     def hear(x, x_mask, ids, start, labels):
         """Features (N, T, 560) and tokens (N, L), audio's from `start` (N,) on -> loss, audio embeddings (N, T, D).
@@ -425,24 +497,26 @@ def train_recogniser(args, name, on=False):
         optimizer.step()
         return loss.detach()
 
-    started, stream, last = time.time(), batches(), np.arange(len(texts) - HELD, len(texts))
+    started, stream = time.time(), batches()
     one_step = graphed_by_shape(train) if on else train
-    for step in range(1, steps + 1):
+    for step, done in pace(args, steps):
+        if step % 100 == 0 and take():
+            stream = batches()
         index = next(stream)
         given, targets = inputs(index, rng.random(len(index)) < 0.3, augment=True)
-        optimizer.param_groups[0]["lr"].fill_(lr * min(1, step / 400) * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"].fill_(lr * min(1, step / 400) * (0.5 + 0.5 * math.cos(math.pi * done)))
         loss = one_step(*given) if on else train(*given, ctc=targets)
-        if step % 500 == 0 or step == 20 or step == steps:
+        if step % 500 == 0 or step == 20 or done == 1:
             model.eval()
             with torch.inference_mode():
                 check = [float(hear(*inputs(last, np.full(HELD, k), False)[0])[0]) for k in (0, 1)]
             model.train()
             print(f"{name} step {step} loss {float(loss):.4f} unseen {check[0]:.4f} with keywords {check[1]:.4f} "
-                  f"{time.time() - started:.0f} s", flush=True)
-        if step % 1000 == 0 or step == steps:
+                  f"rows {len(usable)} {time.time() - started:.0f} s", flush=True)
+        if step % 1000 == 0 or done == 1:
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
             processor.save_pretrained(folder)
-    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {steps} steps, "
+    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {step} steps, "
           f"{time.time() - started:.0f} s, saved in {folder}")
 
 

@@ -1,13 +1,10 @@
 """The codec: waveform <-> speech tokens, 50 a second, of 12 bits.
 
-The stages, called by `python -m pretrain STAGE`:
-    codec     an `Xcodec2Model` whose semantic branch reads filter banks: 7M parameters     checkpoints/codec
-    tokens    every recording as speech tokens                                              build/tokens/metadata.jsonl
-Everything here is our choice; the class is that of the published checkpoint.
+The stage, called by `python -m pretrain codec`: an `Xcodec2Model` whose semantic branch reads filter banks, 7M
+parameters, in checkpoints/codec. Everything here is our choice; the class is that of the published checkpoint.
 """
 import copy
 import functools
-import json
 import math
 import time
 from pathlib import Path
@@ -18,12 +15,12 @@ import torchaudio
 from transformers import Xcodec2Config, Xcodec2FeatureExtractor, Xcodec2Model
 
 from engine.run import pick_device
-from pretrain import corpus
+from pretrain import corpus, parts
 from pretrain.graph import graphed
+from pretrain.parts import HELD, pace
 
-BUILD, CHECKPOINTS = Path("build"), Path("checkpoints")
+CHECKPOINTS = Path("checkpoints")
 RATE = corpus.SAMPLE_RATE
-HELD = 256      # the last of the corpus are for checking only
 
 
 def build_codec(levels, seed=1):
@@ -102,11 +99,11 @@ def mel_loss(audio, target, transforms):
 
 
 def codec_corpus(device, hop, seed):
-    """The recordings of build/speech.pt for the codec, half of them faster or slower with their pitch, as more
+    """The recordings of build/speech for the codec, half of them faster or slower with their pitch, as more
     voices: samples (all tokens, hop) in int16, the extractor's features (all tokens, 160), and where each recording
     starts and how many tokens it has.
     """
-    data, rng = torch.load(BUILD / "speech.pt", weights_only=True, mmap=True), np.random.default_rng(seed)
+    data, rng = parts.all_speech(), np.random.default_rng(seed)
     waves = list(data["samples"].split(data["lengths"].tolist()))[:-HELD]
     some = rng.permutation(len(waves))[:len(waves) // 2]
     for part in np.array_split(some, 1 + len(some) // 500):
@@ -233,9 +230,9 @@ def train_codec(args, levels=(4, 4, 4, 4, 4, 4), cut_tokens=96, judged_tokens=32
         optimizer.step()
         return mel.detach(), apart.detach(), codes
 
-    steps, used, part = args.codec_steps, set(), None
-    for step in range(1, steps + 1):
-        so_far = (step - 1) / steps
+    used, part = set(), None
+    for step, done in pace(args, args.codec_steps):
+        so_far = done * (step - 1) / step
         if part != (part := (so_far >= args.codec_joint or args.go_on, so_far >= args.codec_judged)):
             if part[0] and not outputs:
                 outputs.append(acoustic_outputs(codec, samples, starts, tokens))
@@ -249,10 +246,10 @@ def train_codec(args, levels=(4, 4, 4, 4, 4, 4), cut_tokens=96, judged_tokens=32
             print(f"codec step {step} mel {mel:.4f} acoustic {apart:.4f} codes {len(used)} "
                   f"{time.time() - started:.0f} s", flush=True)
             used = set()
-        if step % 5000 == 0 or step == steps:
+        if step % 5000 == 0 or done == 1:
             copy.deepcopy(codec).eval().to(torch.bfloat16).cpu().save_pretrained(CHECKPOINTS / "codec")
             extractor.save_pretrained(CHECKPOINTS / "codec")
-    print(f"codec: {sum(p.numel() for p in codec.parameters()) / 1e6:.2f}M parameters, {steps} steps, "
+    print(f"codec: {sum(p.numel() for p in codec.parameters()) / 1e6:.2f}M parameters, {step} steps, "
           f"{time.time() - started:.0f} s")
 
 
@@ -306,24 +303,3 @@ def decode_tokens(codec, codes, most=16_000):
             for i, wave in zip(part, codec.decode(ids[:, None]).audio_values[:, 0].cpu().numpy()):
                 found[i] = wave
     return found
-
-
-def encode_corpus(args):
-    """Writes every recording of build/speech.pt as speech tokens to build/tokens/metadata.jsonl, those for checking
-    first."""
-    data, started = torch.load(BUILD / "speech.pt", weights_only=True, mmap=True), time.time()
-    (BUILD / "tokens").mkdir(parents=True, exist_ok=True)
-    file = BUILD / "tokens" / "metadata.jsonl"
-    codes = encode_waves(load_codec(pick_device(args.device)), data["samples"], data["lengths"], most=2 ** 24)
-    with open(file, "w", encoding="utf-8") as out:
-        for text, voice, row in reversed(list(zip(data["text"], data["voice"], codes))):
-            out.write(json.dumps({"text": text, "voice": voice, "tokens": row.tolist()}) + "\n")
-    counts = np.bincount(np.concatenate(codes))
-    print(f"tokens: {len(codes)} utterances, {sum(map(len, codes))} tokens, {(counts > 0).sum()} codes in use, "
-          f"{time.time() - started:.0f} s")
-
-
-def read_tokens(folder):
-    """metadata.jsonl of a folder with "text" and "tokens" (and "voice"): its rows."""
-    with open(Path(folder) / "metadata.jsonl", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]

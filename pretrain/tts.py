@@ -32,11 +32,12 @@ from transformers import (
 )
 
 from engine.run import pick_device
-from pretrain import asr, corpus
-from pretrain.codec import HELD, encode_waves, load_codec, quantise, read_tokens
+from pretrain import asr, corpus, parts
+from pretrain.codec import encode_waves, load_codec, quantise
 from pretrain.graph import graphed_by_shape, up_to
+from pretrain.parts import HELD, pace
 
-BUILD, CHECKPOINTS, DATA = Path("build"), Path("checkpoints"), Path("data")
+CHECKPOINTS, DATA = Path("checkpoints"), Path("data")
 RATE = corpus.SAMPLE_RATE
 TTS_VOICES = [name for _, name in corpus.TTS_VOICES]
 # The prompt of Llasa, as the chat template of its tokenizer renders it.
@@ -80,20 +81,31 @@ def train_tts(args):
     learns early where in the text it is. Without it 4,200 steps left 96 % WER on everyday sentences.
     """
     device, started = pick_device(args.device), time.time()
-    rows = [r for r in read_tokens(BUILD / "tokens")[HELD:] if r["voice"] in TTS_VOICES]
     codes = math.prod(Xcodec2Config.from_pretrained(CHECKPOINTS / "codec").quantization_levels)
     tokenizer = build_tokenizer(codes)
     first, end = (tokenizer.convert_tokens_to_ids(t) for t in ("<|s_0|>", "<|SPEECH_GENERATION_END|>"))
     frame = tokenizer.apply_chat_template(prompt("@", []), tokenize=False, continue_final_message=True)
     before, after = (tokenizer(half, add_special_tokens=False).input_ids for half in frame.split("@"))
-    text = tokenizer([r["text"] for r in rows], add_special_tokens=False).input_ids
     space = tokenizer(" ", add_special_tokens=False).input_ids
-    speech = [(np.array(r["tokens"]) + first).tolist() for r in rows]
-    lengths = np.array([len(row) for row in speech])
-    references = {}                                                       # of each voice the shorter third
-    for voice in TTS_VOICES:
-        own = np.array([i for i, r in enumerate(rows) if r["voice"] == voice])
-        references[voice] = own[np.argsort(lengths[own], kind="stable")][:1 + len(own) // 3]
+    rows, text, speech, lengths, references, seen = [], [], [], None, {}, set()
+
+    def take():
+        """Adds the parts that have come since; whether there were any."""
+        nonlocal lengths
+        before = len(rows)
+        for part, found in parts.come("tokens", seen):
+            own = [row for row in found[HELD * (part == 0):] if row["voice"] in TTS_VOICES]
+            rows.extend(own)
+            text.extend(tokenizer([row["text"] for row in own], add_special_tokens=False).input_ids)
+            speech.extend((np.array(row["tokens"]) + first).tolist() for row in own)
+        lengths = np.array([len(row) for row in speech])
+        for voice in TTS_VOICES:                                          # of each voice the shorter third
+            own = np.array([i for i, row in enumerate(rows) if row["voice"] == voice])
+            references[voice] = own[np.argsort(lengths[own], kind="stable")][:1 + len(own) // 3]
+        return len(rows) > before
+
+    parts.wait_for_first(args, "tokens")
+    take()
     torch.manual_seed(1)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=320, intermediate_size=960, num_hidden_layers=8, num_attention_heads=5,
@@ -106,7 +118,7 @@ def train_tts(args):
     weights = [*model.parameters(), *ctc_head.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=args.tts_lr, betas=(0.9, 0.98), weight_decay=0.1,
                                   fused=device.type == "cuda")
-    rng, steps = np.random.default_rng(5), args.tts_steps
+    rng = np.random.default_rng(5)
     ctc = functools.partial(torch.nn.functional.ctc_loss, blank=256, zero_infinity=True)
 
     def sequence(i):
@@ -126,8 +138,8 @@ def train_tts(args):
             for start in range(0, len(order), count * sorted_over):
                 chunk = order[start:start + count * sorted_over]
                 chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-                parts = [chunk[i:i + count] for i in range(0, len(chunk), count)]
-                yield from ([sequence(i) for i in parts[k]] for k in rng.permutation(len(parts)))
+                few = [chunk[i:i + count] for i in range(0, len(chunk), count)]
+                yield from ([sequence(i) for i in few[k]] for k in rng.permutation(len(few)))
 
     def hear(ids):
         """Tokens (N, L), padded on the right, where no token sees it: what the LLM makes of them (N, L, D)."""
@@ -161,22 +173,24 @@ def train_tts(args):
 
     run = torch.compile(hear, dynamic=True) if device.type == "cuda" else hear
     stream = batches(args.tts_batch)
-    for step in range(1, steps + 1):
+    for step, done in pace(args, args.tts_steps):
+        if step % 100 == 0 and take():
+            stream = batches(args.tts_batch)
         for group in optimizer.param_groups:
-            group["lr"] = args.tts_lr * min(1, step / 400) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            group["lr"] = args.tts_lr * min(1, step / 400) * (0.5 + 0.5 * math.cos(math.pi * done))
         loss, aligned = losses(next(stream))
         optimizer.zero_grad(set_to_none=True)
         (loss + 0.3 * aligned).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        if step % 500 == 0 or step == 20 or step == steps:
+        if step % 500 == 0 or step == 20 or done == 1:
             print(f"tts step {step} loss {float(loss.detach()):.4f} ctc {float(aligned.detach()):.3f} "
                   f"{time.time() - started:.0f} s", flush=True)
-        if step % 1000 == 0 or step == steps:
+        if step % 1000 == 0 or done == 1:
             tokenizer.save_pretrained(CHECKPOINTS / "tts")
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(CHECKPOINTS / "tts")
     print(f"tts: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(rows)} recordings, "
-          f"{steps} steps, {time.time() - started:.0f} s")
+          f"{step} steps, {time.time() - started:.0f} s")
 
 
 # ---- texts, voices and tests of chapters 2 and 3 ----------------------------------------------------------
@@ -187,23 +201,23 @@ def build_texts(args, longest=6.0):
     recording of every voice). The sentences were written for this project; training says none of them."""
     plain, hard = corpus.own_sentences("plain"), corpus.own_sentences("hard")
     rng, voices = np.random.default_rng([args.seed, 17]), corpus.TTS_VOICES
-    parts = {"train": plain[200:] + plain[130:160] + hard[60:], "dev": plain[100:130] + hard[50:60],
+    sets = {"train": plain[200:] + plain[130:160] + hard[60:], "dev": plain[100:130] + hard[50:60],
              "test/plain": plain[:100], "test/hard": hard[:50],
              "voices": sorted(plain[160:200], key=len)[10:10 + len(voices)]}
-    parts["train"] = [parts["train"][i] for i in rng.permutation(len(parts["train"]))]
-    rows = [(text, text, [], voices[i % len(voices)], None, "", i, name) for name, texts in parts.items()
+    sets["train"] = [sets["train"][i] for i in rng.permutation(len(sets["train"]))]
+    rows = [(text, text, [], voices[i % len(voices)], None, "", i, name) for name, texts in sets.items()
             for i, text in enumerate(texts)]
     waves = asr.in_parallel(asr.voiced_alone, [row[:-1] for row in rows], args.workers, chunk=16)
-    of = {name: [i for i, row in enumerate(rows) if row[-1] == name] for name in parts}
+    of = {name: [i for i, row in enumerate(rows) if row[-1] == name] for name in sets}
     samples = [torch.from_numpy(np.round(waves[i] * 32767).astype(np.int16)) for i in of["train"]]
     codes = encode_waves(load_codec(pick_device(args.device)), torch.cat(samples), torch.tensor([*map(len, samples)]))
     (DATA / "tts").mkdir(parents=True, exist_ok=True)
     with open(DATA / "tts" / "train.jsonl", "w", encoding="utf-8") as out:
         for i, row in [(i, row) for i, row in zip(of["train"], codes) if len(waves[i]) <= longest * RATE]:
             out.write(json.dumps({"text": rows[i][0], "voice": rows[i][3][1], "tokens": row.tolist()}) + "\n")
-    for name in list(parts)[1:]:
+    for name in list(sets)[1:]:
         corpus.write_set(DATA / "tts" / name, [rows[i][:-1] for i in of[name]], [waves[i] for i in of[name]])
-    print("texts: " + ", ".join(f"{name} {len(texts)}" for name, texts in parts.items()))
+    print("texts: " + ", ".join(f"{name} {len(texts)}" for name, texts in sets.items()))
 
 
 # ---- Token2Text --------------------------------------------------------------------------------------------
@@ -216,14 +230,25 @@ def train_token2text(args):
     encoder, for training alone, teaches it where in the speech the letters are: without it 3,000 steps left 91 % WER.
     """
     device, started = pick_device(args.device), time.time()
-    rows = read_tokens(args.tokens or BUILD / "tokens")             # the first are for checking
-    codes = max(max(r["tokens"]) for r in rows if r["tokens"]) + 1
-    if args.tokens is None:
+    if args.tokens:
+        codes = max(max(row["tokens"]) for row in parts.read_tokens(args.tokens) if row["tokens"]) + 1
+    else:
+        parts.wait_for_first(args, "tokens")
         codes = math.prod(Xcodec2Config.from_pretrained(CHECKPOINTS / "codec").quantization_levels)
     tokenizer = build_tokenizer(codes)
     first, pad, end = tokenizer.convert_tokens_to_ids("<|s_0|>"), tokenizer.pad_token_id, tokenizer.eos_token_id
-    text = [ids + [end] for ids in tokenizer([r["text"] for r in rows], add_special_tokens=False).input_ids]
-    speech = [np.array(r["tokens"]) + first for r in rows]
+    rows, text, speech, seen = [], [], [], set()                    # the first are for checking
+
+    def take():
+        """Adds the parts that have come since; whether there were any."""
+        new = sum((found for _, found in parts.come("tokens", seen)), []) if not args.tokens else (
+            parts.read_tokens(args.tokens) if not rows else [])
+        rows.extend(new)
+        text.extend(ids + [end] for ids in tokenizer([row["text"] for row in new], add_special_tokens=False).input_ids)
+        speech.extend(np.array(row["tokens"]) + first for row in new)
+        return bool(new)
+
+    take()
     torch.manual_seed(2)
     longest = max(map(len, speech + text))
     model = MBartForConditionalGeneration(MBartConfig(
@@ -281,24 +306,26 @@ def train_token2text(args):
         """Rows of about the same length."""
         sizes, theirs = np.array([up_to(len(row), 32) for row in speech]), np.arange(held, len(rows))
         while True:
-            parts = []
+            few = []
             for longest in np.unique(sizes[held:]):
                 own, most = rng.permutation(theirs[sizes[held:] == longest]), max(1, min(count, 192 * count // longest))
-                parts += [own[i:i + most] for i in range(0, len(own) - most + 1, most)]
-            yield from (parts[i] for i in rng.permutation(len(parts)))
+                few += [own[i:i + most] for i in range(0, len(own) - most + 1, most)]
+            yield from (few[i] for i in rng.permutation(len(few)))
 
     def given(index, noise):
         return (pack([speech[i] for i in index], pad), pack([text[i] for i in index], -100),
                 torch.tensor(float(noise), device=device))
 
-    stream, steps = batches(min(args.token2text_batch, len(rows) - held)), args.token2text_steps
-    one_step, aligned = graphed_by_shape(train), 0 if args.go_on else steps // 4     # who listens needs CTC no more
-    for step in range(1, steps + 1):
+    most = min(args.token2text_batch, len(rows) - held)
+    stream, one_step, aligned = batches(most), graphed_by_shape(train), 0 if args.go_on else 0.25
+    for step, done in pace(args, args.token2text_steps):
+        if step % 100 == 0 and take():
+            stream = batches(most)
         index = next(stream)
-        optimizer.param_groups[0]["lr"].fill_(lr * min(1, step / 400) * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"].fill_(lr * min(1, step / 400) * (0.5 + 0.5 * math.cos(math.pi * done)))
         now = given(index, rng.random() < 0.9)
-        loss = train(*now, index=index) if step <= aligned else one_step(*now)
-        if step % 500 == 0 or step == 20 or step == steps:
+        loss = train(*now, index=index) if done <= aligned else one_step(*now)    # who listens needs CTC no more
+        if step % 500 == 0 or step == 20 or done == 1:
             model.eval()
             with torch.inference_mode():
                 check = float(read(*given(np.arange(held), 0))[0])
@@ -330,9 +357,9 @@ def token2text_wer(model, tokenizer, rows):
 # ---- speaker model -----------------------------------------------------------------------------------------
 
 def train_speaker(args, seconds=1.6, batch=64):
-    """A small `WavLMForXVector` on random cuts of build/speech.pt, half of them after the codec: which of its voices
+    """A small `WavLMForXVector` on random cuts of build/speech, half of them after the codec: which of its voices
     is it?"""
-    data = torch.load(BUILD / "speech.pt", weights_only=True, mmap=True)
+    data = parts.all_speech()
     device, started = pick_device(args.device), time.time()
     names = sorted(set(data["voice"][:-HELD]))
     label = torch.tensor([names.index(v) if v in names else -1 for v in data["voice"]])
@@ -382,8 +409,8 @@ def train_speaker(args, seconds=1.6, batch=64):
     last, found = torch.arange(len(lengths) - HELD, len(lengths)), []
     with torch.inference_mode():
         for coded in (0, 64):
-            parts = [model(cut(part, coded)).embeddings.float() for part in last.split(64)]
-            found.append(torch.nn.functional.normalize(torch.cat(parts), dim=-1).cpu())
+            heard = [model(cut(part, coded)).embeddings.float() for part in last.split(64)]
+            found.append(torch.nn.functional.normalize(torch.cat(heard), dim=-1).cpu())
         centres = torch.stack([torch.nn.functional.normalize(model(cut(own[:64], 0)).embeddings.float(), dim=-1).mean(0)
                                for own in by_voice]).cpu()
     right = [(embedding @ centres.T).argmax(1) == label[last] for embedding in found]
