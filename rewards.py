@@ -349,16 +349,17 @@ def tts_reward(speech, group, rewards=("R1",), language="en", rate=16_000, devic
 
 def change_interval(texts, before, after, language="en", draws=10_000):
     """95 % interval of the change in WER of the same texts, heard as `before` and as `after`: [low, high], by a paired
-    bootstrap over the texts; samples of one text stay together [choice]."""
+    bootstrap over the texts; samples of one text stay together, pairs with a None (the judge failed) are left out
+    [choice]."""
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     counts = np.zeros((3, len(place)))                                              # errors, errors, words
-    for text, was, now in zip(texts, before, after, strict=True):
-        (*wrong, length), (*still_wrong, _) = (edit_counts(text, heard or "", language) for heard in (was, now))
-        counts[:, place[text]] += sum(wrong), sum(still_wrong), length
+    for text, *pair in zip(texts, before, after, strict=True):
+        if None not in pair:
+            (*wrong, length), (*still_wrong, _) = (edit_counts(text, heard, language) for heard in pair)
+            counts[:, place[text]] += sum(wrong), sum(still_wrong), length
     drawn = np.random.default_rng(0).multinomial(len(place), np.full(len(place), 1 / len(place)), draws)
     was, now, length = counts @ drawn.T
     return np.percentile((now - was) / length.clip(min=1), [2.5, 97.5]).tolist()
-
 
 
 def repeats(codes, least):

@@ -24,7 +24,7 @@ from transformers import (
 from engine.audio import DataError, reason
 from engine.models import load_pretrained, load_recogniser, precision
 from engine.recognisers import answers, ask, embed, rate, recogniser
-from engine.sampling import Prompts, sample
+from engine.sampling import Prompts, forget, sample
 from engine.text import language_code
 
 
@@ -41,7 +41,7 @@ class Frozen:
         with torch.inference_mode():
             yield self.model
         if self.home != self.device:
-            self.model.captured = {}         # a captured step reads the places that the weights leave now
+            forget(self.model)               # a captured step reads the places that the weights leave now
         self.model.to(self.home)
 
 

@@ -28,7 +28,7 @@ from engine.models import refresh_adapters
 from engine.parallel import RANK, Shared
 
 BUCKET = 64         # places: a captured step has a multiple of it, so that few have to be captured
-KEPT = 1 / 8        # of the card's memory: what captured steps may keep from one rollout to the next
+KEPT = 1 / 8        # of the card's memory: what a model's captured steps may keep from one rollout to the next
 AT_ONCE = 2 ** 26   # logits that may exist at once in a pass over samples; 128 MiB in bf16
 
 
@@ -201,6 +201,12 @@ def captured_step(policy, cache, mask, group, room):
     return step
 
 
+def forget(policy):
+    """Drops the captured steps of a model whose weights move, so that others can use their memory."""
+    if policy.__dict__.pop("captured", None):
+        torch.cuda.empty_cache()
+
+
 def memory_limit(device):
     """Bytes that torch may take of a GPU."""
     return torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
@@ -356,7 +362,8 @@ def reference(policy):
             yield
     finally:
         exchange(policy, swap)
-        policy.captured = captured            # what was captured in between is not the policy's
+        forget(policy)                        # what was captured in between is not the policy's
+        policy.captured = captured
 
 
 def exchange(policy, pairs):

@@ -306,8 +306,9 @@ def evaluate(studio, tests, before=None):
                          generator_for(0, start, studio.policy.device))
         codes = codes_of(rollout, studio.code)
         waves = codec.decode(codes)
+        third = studio.third.transcribe(waves) if studio.third else [None] * len(waves)
         speech += [Speech(*row) for row in zip([s.text for s in batch], codes, waves, studio.second.transcribe(waves),
-                                               rollout.truncated.tolist())]
+                                               rollout.truncated.tolist(), third)]
     speech = gather(speech)
     if all(s.heard is None for s in speech):
         raise DataError(f"--second-judge {args.second_judge}: failed on every test sentence")
@@ -318,10 +319,8 @@ def evaluate(studio, tests, before=None):
     figures = tts_metrics(speech, similarity.tolist(), due, codec.tokens_per_s, codec.rate, args.language,
                           studio.policy.device)
     if studio.third:
-        for s, heard in zip(speech, studio.third.transcribe([s.wave for s in speech])):
-            s.third = heard
-        figures["third_wer"] = asr_metrics([s.text for s in speech], [s.third or "" for s in speech], (),
-                                           args.language)["wer"]
+        texts, heard = zip(*[(s.text, s.third) for s in speech if s.third is not None] or [("", "")])
+        figures["third_wer"] = asr_metrics(texts, heard, (), args.language)["wer"]
     if studio.token2text:  # DiffRO's reward reads the same samples: a gap to the second judge that opens is hacking
         own = asr_metrics([s.text for s in tests], studio.token2text.read([s.codes for s in speech]), (), args.language)
         figures["token2text_wer"] = own["wer"]

@@ -1,7 +1,7 @@
 """Builds the embedded models and data from nothing: sentences, voices, a recogniser, RL pools and test sets.
 
     python -m pretrain                  all stages below, in order (seeded)
-    python -m pretrain speech           speak the corpus, with its features                build/speech, corpus
+    python -m pretrain speech           speak the corpus, with its features                build/seed1/
     python -m pretrain asr asr2         two recognisers, independent of each other         checkpoints/asr, asr2
     python -m pretrain codec tokens     the codec, and all recordings as its tokens        checkpoints/codec
     python -m pretrain asr_on asr2_on   both recognisers go on, what the codec says among their speech
@@ -81,11 +81,13 @@ from pathlib import Path
 
 import torch
 
-from pretrain import asr, codec, tts
+from pretrain import asr, codec, parts, tts
 
 
 def together(args):
     """All that goes on, side by side, each in build/logs: voices, tokens of what they said, four trainings."""
+    if not args.minutes:
+        sys.exit("error: together needs --minutes: all of it ends by the clock")
     jobs = {"asr_on": 0, "asr2_on": 1, "tts": 2, "token2text": 3,                  # and the card of each
             **{f"tokens {k}": k for k in range(ENCODERS)}, "speech": 0}
     started, logs = {}, Path("build/logs")
@@ -109,6 +111,7 @@ def together(args):
 
 def main(argv=None):
     args = parse_args(argv)
+    parts.BUILD = Path("build") / f"seed{args.seed}"
     made = {"together": together, "speech": asr.speak_corpus, "codec": codec.train_codec, "tokens": asr.encode_corpus,
             "tts": tts.train_tts, "token2text": tts.train_token2text,
             "speaker": tts.train_speaker, "texts": tts.build_texts, "sets": asr.build_sets, "check": asr.check}

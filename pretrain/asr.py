@@ -38,7 +38,7 @@ from engine.models import mend_attention
 from engine.run import pick_device
 from pretrain import codec, corpus, parts
 from pretrain.graph import graphed_by_shape, up_to
-from pretrain.parts import BUILD, HELD, pace
+from pretrain.parts import HELD, pace
 from rewards import repeats_itself
 
 CHECKPOINTS, DATA = Path("checkpoints"), Path("data")
@@ -122,14 +122,15 @@ def build_recogniser(processor, encoder_layers, width, encoder_ffn, llm_layers, 
 
 # ---- the training corpus -----------------------------------------------------------------------------------
 
-def plan_corpus(count, seed, part):
-    """What a part will say: rows (text, spoken text, keywords, voice, snr_db or None, kind of noise, seed).
+def plan_corpus(count, seed, part, apart):
+    """What a part will say, the seeds of its rows `apart` from the next one's: rows (text, spoken text, keywords,
+    voice, snr_db or None, kind of noise, seed).
 
     Of a hundred 3 are noise without words, 4 genuine repetitions, 13 sentences of the grammar, 10 two to seven open
     sentences in one go, the others one; of the open ones 45 % are a dictionary's, 20 % as people say them, 35 %
     everyday frames. Keywords are names, or words that open English says five times at most.
     """
-    rng, number = np.random.default_rng([seed, part]), (1000 * seed + part) * count        # a row's own seed
+    rng, number = np.random.default_rng([seed, part]), (1000 * seed + part) * apart        # a row's own seed
     counts = collections.Counter(word for text in corpus.open_sentences() for word in text.split())
     rare = lambda text: [w for w in dict.fromkeys(text.split()) if counts[w] <= 5 and len(w) > 4]  # noqa: E731
     ours = {text for name in ("open", "plain", "hard") for text in corpus.own_sentences(name)}
@@ -166,7 +167,7 @@ def plan_corpus(count, seed, part):
     return rows
 
 
-def record(rows):
+def record(folder, rows):
     """Rows of one voice -> the file that has features of the recogniser, in noise where a row says so, and samples,
     peak LEVEL, as int16 at 16 kHz (none unless chapters 2 and 3 learn from them)."""
     torch.set_num_threads(1)                                # a process a core: more threads would wait for each other
@@ -177,7 +178,7 @@ def record(rows):
         samples.append(np.round(wave * 32767).astype(np.int16) if kept else np.zeros(0, np.int16))
         heard = extractor(in_noise(row, another_voice(row, wave)), sampling_rate=corpus.SAMPLE_RATE).input_features[0]
         features.append(heard.to(torch.float16).numpy())
-    file = BUILD / "chunks" / f"{rows[0][-1]}.npz"                      # hours of sound are too much for a pipe
+    file = folder / f"{rows[0][-1]}.npz"                                # hours of sound are too much for a pipe
     np.savez(file, samples=np.concatenate(samples), features=np.concatenate(features),
              lengths=[*map(len, samples)], frames=[*map(len, features)])
     return file
@@ -234,8 +235,8 @@ def in_parallel(work, rows, workers, chunk=8):
 
 def speak_corpus(args):
     """Speaks the parts of the corpus that are missing, the next while one is put together."""
-    started, ahead = time.time(), collections.deque()
-    (BUILD / "chunks").mkdir(parents=True, exist_ok=True)
+    started, ahead, folder = time.time(), collections.deque(), parts.BUILD / "chunks"
+    folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.workers, processes()) as pool:
         def put_together():
             part, rows, chunks, jobs = ahead.popleft()
@@ -246,9 +247,10 @@ def speak_corpus(args):
         for part in (part for part in parts.numbers(args) if not parts.path("speech", part).exists()):
             if args.minutes and time.time() - started > 60 * SPOKEN * args.minutes:
                 break
-            rows = plan_corpus(args.part, args.seed, part)
+            rows = plan_corpus(parts.size(args, part), args.seed, part, args.part)
             chunks = of_one_voice(rows, 24)
-            ahead.append((part, rows, chunks, [pool.submit(record, [rows[i] for i in places]) for places in chunks]))
+            jobs = [pool.submit(record, folder, [rows[i] for i in places]) for places in chunks]
+            ahead.append((part, rows, chunks, jobs))
             if len(ahead) > 2:
                 put_together()
         while ahead:
@@ -300,7 +302,7 @@ def encode_corpus(args):
             rows = [{"text": text, "voice": voice, "tokens": row.tolist()}
                     for text, voice, row in zip(data["text"], data["voice"], codes)][::-1]
             parts.write_tokens(rows, part)
-            some = rows[HELD * (part == 0):][:int(share * args.part)]
+            some = rows[HELD * (part == 0):][:int(share * len(data["text"]))]
             waves = codec.decode_tokens(coder, [np.array(row["tokens"]) for row in some])
             features = list(pool.map(features_of, waves, chunksize=32))
             save_features(features, [row["text"] for row in some], [corpus.keywords_in(row["text"]) for row in some],

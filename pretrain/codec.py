@@ -6,6 +6,7 @@ parameters, in checkpoints/codec. Everything here is our choice; the class is th
 import copy
 import functools
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -251,6 +252,8 @@ def train_codec(args, levels=(4, 4, 4, 4, 4, 4), cut_tokens=96, judged_tokens=32
             extractor.save_pretrained(CHECKPOINTS / "codec")
     print(f"codec: {sum(p.numel() for p in codec.parameters()) / 1e6:.2f}M parameters, {step} steps, "
           f"{time.time() - started:.0f} s")
+    for kind in ["decoded"] if args.go_on else ["decoded", "tokens"]:     # of another codec
+        shutil.rmtree(parts.BUILD / kind, ignore_errors=True)
 
 
 @torch.no_grad()

@@ -1,13 +1,13 @@
 """The corpus comes in parts, and every stage takes those that are there.
 
-    build/corpus/000.pt     features and texts: what recognisers learn from                  by the stage `speech`
-    build/speech/000.pt     samples of what the models of chapters 2 and 3 learn from                     `speech`
-    build/tokens/000/       the same as speech tokens: metadata.jsonl                                     `tokens`
-    build/decoded/000.pt    features of some of them as the codec says them                               `tokens`
+    build/seed1/corpus/000.pt     features and texts: what recognisers learn from            by the stage `speech`
+    build/seed1/speech/000.pt     samples of what the models of chapters 2 and 3 learn from               `speech`
+    build/seed1/tokens/000/       the same as speech tokens: metadata.jsonl                               `tokens`
+    build/seed1/decoded/000.pt    features of some of them as the codec says them                         `tokens`
 
-So a build that broke off goes on where it was, and stages can run side by side (`python -m pretrain together`): while
-voices speak the next part, recognisers and LLM learn from those before it. The last HELD rows of the first part are
-for checking; what they say no training hears from another voice either.
+Another --seed is other speech. So a build that broke off goes on where it was, and stages can run side by side
+(`python -m pretrain together`): while voices speak the next part, recognisers and LLM learn from those before it. The
+last HELD rows of the first part are for checking; what they say no training hears from another voice either.
 """
 import json
 import sys
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-BUILD, STARTED = Path("build"), time.time()
+BUILD, STARTED = Path("build"), time.time()     # main makes it build/seed1
 HELD = 256
 
 
@@ -39,9 +39,9 @@ def save(data, kind, part):
 
 
 def wait_for(args, kind, part):
-    """Waits for what another process makes; whether it is there, or the time that --minutes gives is over."""
+    """Whether a part is there; with --minutes, for as long, it waits for it: another process makes it."""
     while not path(kind, part).exists():
-        if args.minutes and time.time() - STARTED > 60 * args.minutes:
+        if time.time() - STARTED > 60 * (args.minutes or 0):
             return False
         time.sleep(0.5)
     return True
@@ -50,7 +50,8 @@ def wait_for(args, kind, part):
 def wait_for_first(args, kind):
     """The same for the first part, without which nothing can be trained."""
     if not wait_for(args, kind, 0):
-        sys.exit(f"error: {path(kind, 0)} did not come in {args.minutes:g} minutes")
+        stage = "tokens" if kind == "tokens" else "speech"
+        sys.exit(f"error: {path(kind, 0)}: not there; python -m pretrain {stage} --seed {args.seed} makes it")
 
 
 def come(kind, seen):
@@ -73,8 +74,15 @@ def read_tokens(folder):
         return [json.loads(line) for line in lines]
 
 
+def size(args, part):
+    """Utterances of a part: the last may be smaller."""
+    return min(args.part, args.count - part * args.part)
+
+
 def write_tokens(rows, part):
     """Rows of "text", "voice" and "tokens" as a part of build/tokens, there for others only when it is whole."""
+    if path("tokens", part).exists():                               # of a build that broke off
+        return
     half = path("tokens", part).with_suffix(".half")
     half.mkdir(parents=True, exist_ok=True)
     (half / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

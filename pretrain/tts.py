@@ -87,14 +87,16 @@ def train_tts(args):
     frame = tokenizer.apply_chat_template(prompt("@", []), tokenize=False, continue_final_message=True)
     before, after = (tokenizer(half, add_special_tokens=False).input_ids for half in frame.split("@"))
     space = tokenizer(" ", add_special_tokens=False).input_ids
-    rows, text, speech, lengths, references, seen = [], [], [], None, {}, set()
+    rows, text, speech, lengths, references, seen, held = [], [], [], None, {}, set(), set()
 
     def take():
         """Adds the parts that have come since; whether there were any."""
         nonlocal lengths
         before = len(rows)
         for part, found in parts.come("tokens", seen):
-            own = [row for row in found[HELD * (part == 0):] if row["voice"] in TTS_VOICES]
+            if part == 0:
+                held.update(row["text"] for row in found[:HELD])
+            own = [row for row in found if row["voice"] in TTS_VOICES and row["text"] not in held]
             rows.extend(own)
             text.extend(tokenizer([row["text"] for row in own], add_special_tokens=False).input_ids)
             speech.extend((np.array(row["tokens"]) + first).tolist() for row in own)
@@ -243,6 +245,8 @@ def train_token2text(args):
         """Adds the parts that have come since; whether there were any."""
         new = sum((found for _, found in parts.come("tokens", seen)), []) if not args.tokens else (
             parts.read_tokens(args.tokens) if not rows else [])
+        held_texts = {row["text"] for row in (rows or new)[:HELD]} if not args.tokens else ()
+        new = [row for i, row in enumerate(new) if row["text"] not in held_texts or not rows and i < HELD]
         rows.extend(new)
         text.extend(ids + [end] for ids in tokenizer([row["text"] for row in new], add_special_tokens=False).input_ids)
         speech.extend(np.array(row["tokens"]) + first for row in new)

@@ -46,6 +46,14 @@ def test_processes_share_the_parts_out():
     assert sorted(sum(shares, [])) == list(range(10)) and shares[1] == [1, 4, 7]
 
 
+def test_the_last_part_may_be_smaller_and_a_kill_between_tokens_and_decoded_costs_neither(build):
+    assert [parts.size(SimpleNamespace(count=250, part=100), part) for part in range(3)] == [100, 100, 50]
+    rows = [{"text": "hi", "voice": "slt", "tokens": [1]}]
+    parts.write_tokens(rows, 0)
+    parts.write_tokens(rows, 0)
+    assert parts.come("tokens", set()) == [(0, rows)]
+
+
 def test_a_training_ends_by_its_steps_or_by_the_clock(monkeypatch):
     assert list(parts.pace(SimpleNamespace(minutes=None), 4)) == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
     clock = iter([0, 30, 90, 130, 999])
@@ -55,9 +63,9 @@ def test_a_training_ends_by_its_steps_or_by_the_clock(monkeypatch):
 
 def test_what_does_not_come_in_time_is_named(build, monkeypatch):
     monkeypatch.setattr(parts, "STARTED", parts.time.time() - 61)
-    args = SimpleNamespace(minutes=1)
-    assert not parts.wait_for(args, "speech", 0)
-    with pytest.raises(SystemExit, match=r"speech/000.pt did not come in 1 minutes"):
+    args = SimpleNamespace(minutes=1, seed=9)
+    assert not parts.wait_for(args, "speech", 0) and not parts.wait_for(SimpleNamespace(minutes=None), "speech", 0)
+    with pytest.raises(SystemExit, match=r"speech/000.pt: not there; python -m pretrain speech --seed 9 makes it"):
         parts.wait_for_first(args, "speech")
     parts.save(speech(0, 1), "speech", 0)
     assert parts.wait_for(args, "speech", 0)

@@ -206,13 +206,15 @@ def test_metrics_of_a_set_by_hand():
 
 def test_the_interval_of_a_change_in_wer_is_paired_over_the_texts():
     texts = ["a cat sat here", "my dog ran away", "good morning", "the end"]
-    wrong, worse, right = ["x cat sat here", "my dog", "morning", None], ["", "", "", ""], texts
+    wrong, worse, right = ["x cat sat here", "my dog", "morning", ""], ["", "", "", ""], texts
     assert change_interval(texts, wrong, wrong) == [0, 0]
     assert change_interval(texts, right, worse) == [1, 1] and change_interval(texts, worse, right) == [-1, -1]
     low, high = change_interval(texts, wrong, right)                    # by text 1 of 4, 2 of 4, 1 of 2, all of 2
     assert low == pytest.approx(-0.8) and high == pytest.approx(-0.3125)
     assert change_interval(texts * 3, wrong * 3, right * 3) == [low, high]     # three samples of a text are one draw
     assert change_interval(texts, right, wrong) == [-high, -low]
+    failed = change_interval(texts * 2, [*wrong, *[None] * 4], right * 2)           # the judge, on the second samples
+    assert failed == [low, high]
 
 
 def test_metrics_where_nothing_was_said():
