@@ -319,7 +319,9 @@ def evaluate(studio, tests, before=None):
     figures = tts_metrics(speech, similarity.tolist(), due, codec.tokens_per_s, codec.rate, args.language,
                           studio.policy.device)
     if studio.third:
-        texts, heard = zip(*[(s.text, s.third) for s in speech if s.third is not None] or [("", "")])
+        if all(s.third is None for s in speech):
+            raise DataError(f"--third-judge {args.third_judge}: failed on every test sentence")
+        texts, heard = zip(*[(s.text, s.third) for s in speech if s.third is not None])
         figures["third_wer"] = asr_metrics(texts, heard, (), args.language)["wer"]
     if studio.token2text:  # DiffRO's reward reads the same samples: a gap to the second judge that opens is hacking
         own = asr_metrics([s.text for s in tests], studio.token2text.read([s.codes for s in speech]), (), args.language)

@@ -204,8 +204,8 @@ def build_texts(args, longest=6.0):
     plain, hard = corpus.own_sentences("plain"), corpus.own_sentences("hard")
     rng, voices = np.random.default_rng([args.seed, 17]), corpus.TTS_VOICES
     sets = {"train": plain[200:] + plain[130:160] + hard[60:], "dev": plain[100:130] + hard[50:60],
-             "test/plain": plain[:100], "test/hard": hard[:50],
-             "voices": sorted(plain[160:200], key=len)[10:10 + len(voices)]}
+            "test/plain": plain[:100], "test/hard": hard[:50],
+            "voices": sorted(plain[160:200], key=len)[10:10 + len(voices)]}
     sets["train"] = [sets["train"][i] for i in rng.permutation(len(sets["train"]))]
     rows = [(text, text, [], voices[i % len(voices)], None, "", i, name) for name, texts in sets.items()
             for i, text in enumerate(texts)]
