@@ -77,6 +77,7 @@ if __name__ == "__main__":
     parse_args()  # --help and typing errors answer at once, before torch loads
 
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -116,7 +117,7 @@ def main(argv=None):
             "tts": tts.train_tts, "token2text": tts.train_token2text,
             "speaker": tts.train_speaker, "texts": tts.build_texts, "sets": asr.build_sets, "check": asr.check}
     for stage in args.stages or STAGES:
-        name, _, on = stage.partition("_")
+        parts.STARTED, (name, _, on) = time.time(), stage.partition("_")
         asr.train_recogniser(args, name, bool(on)) if name in asr.SIZES else made[stage](args)
 
 

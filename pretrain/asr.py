@@ -42,6 +42,7 @@ from pretrain.parts import HELD, pace
 from rewards import repeats_itself
 
 CHECKPOINTS, DATA = Path("checkpoints"), Path("data")
+ROOM = 80           # frames of 60 ms that an utterance is given on the GPU; most have fewer
 SPOKEN = 0.65       # of the time that --minutes gives: after it no part is begun
 NOISY_SHARE, TARGET_SNR = 0.2, (5.0, 20.0)  # the target domain: how much of it is in noise, dB
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"]
@@ -378,7 +379,7 @@ def train_recogniser(args, name, on=False):
     rng = np.random.default_rng([size["seed"], on])
     generator = torch.Generator(device).manual_seed(size["seed"])
     steps, lr = (args.on_steps, 0.5 * args.lr) if on else (args.train_steps, args.lr)
-    features, frames = torch.zeros(0, 560, dtype=torch.float16, device=device), torch.zeros(0, dtype=torch.long)
+    features, frames = torch.empty(0, 560, dtype=torch.float16, device=device), torch.zeros(0, dtype=torch.long)
     texts, keywords, forms, usable, seen = [], [], ([], []), [], {"corpus": set(), "decoded": set()}
     unheard = UNKNOWN_TO_ASR2 if name == "asr2" else ()
 
@@ -394,13 +395,18 @@ def train_recogniser(args, name, on=False):
                     held.update(data["text"][new:])
                 usable.extend(start + i for i, text in enumerate(data["text"][:new])
                               if data["voice"][i] not in unheard and (not text or text not in held))
-                features = torch.cat([features, data["features"].to(device)])           # (all frames, 560)
+                end, more = int(frames.sum()), len(data["features"])
+                if end + more > len(features):                      # room for all at once: growing needs it twice
+                    room = features.new_empty(max(end + more, ROOM * args.count), 560)
+                    room[:end] = features[:end]
+                    features = room
+                features[end:end + more] = data["features"]                             # (all frames, 560)
                 frames = torch.cat([frames, data["frames"]])
                 texts.extend(data["text"])
                 keywords.extend(data["keywords"])
-                for form, more in zip(forms, tokenized(processor, data["text"], data["keywords"],
-                                                       [size["seed"], part, kind == "decoded"])):
-                    form.extend(more)
+                for form, new in zip(forms, tokenized(processor, data["text"], data["keywords"],
+                                                      [size["seed"], part, kind == "decoded"])):
+                    form.extend(new)
         offsets = torch.cumsum(frames, 0) - frames
         return len(texts) > before
 

@@ -160,8 +160,8 @@ david ed edward iven john kaukovalta linda max pablo paul rob robert steph travi
 ESPEAK = [f"{ACCENTS[i % len(ACCENTS)]}+{variant}" for i, variant in enumerate(VARIANTS)]
 VOICES = {
     "espeak-ng": (0.34, dict.fromkeys(ESPEAK, 1 / len(ESPEAK))),
-    "flite": (0.36, {"slt": 0.38, "awb": 0.38, "kal16": 0.24}),
-    "festival": (0.22, {"cmu_us_slt_arctic_hts": 0.4, "kal_diphone": 0.6}),
+    "flite": (0.36, {"slt": 0.36, "awb": 0.36, "kal16": 0.28}),
+    "festival": (0.22, {"cmu_us_slt_arctic_hts": 0.25, "kal_diphone": 0.75}),
     "piper": (0.08, {"joe": 1.0})}
 # The voices of the LLM that speaks: built from recordings, and Whisper reads them best.
 TTS_VOICES = [("flite", "slt"), ("flite", "awb"), ("flite", "kal16"), ("festival", "cmu_us_slt_arctic_hts"),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-BUILD, STARTED = Path("build"), time.time()     # main makes it build/seed1
+BUILD, STARTED = Path("build"), time.time()     # main makes it build/seed1, and STARTED that of each stage
 HELD = 256
 
 
@@ -97,9 +97,11 @@ def all_speech():
 
 
 def pace(args, steps):
-    """(step, how far the training is, over 0 to 1) until it is over: by `steps`, or by the clock with --minutes."""
-    started, step, done = time.time(), 0, 0.0
+    """(step, how far the training is, over 0 to 1) until it is over: by `steps`, or by the clock with --minutes, which
+    count from the stage's start, whenever its first part came."""
+    step, done, began = 0, 0.0, time.time()
+    ends = STARTED + 60 * (args.minutes or 0)
     while done < 1:
         step += 1
-        done = min(1.0, (time.time() - started) / (60 * args.minutes)) if args.minutes else step / steps
+        done = min(1.0, (time.time() - began) / max(1e-9, ends - began)) if args.minutes else step / steps
         yield step, done

@@ -247,10 +247,12 @@ def train_token2text(args):
             parts.read_tokens(args.tokens) if not rows else [])
         held_texts = {row["text"] for row in (rows or new)[:HELD]} if not args.tokens else ()
         new = [row for i, row in enumerate(new) if row["text"] not in held_texts or not rows and i < HELD]
+        if not new:
+            return False
         rows.extend(new)
         text.extend(ids + [end] for ids in tokenizer([row["text"] for row in new], add_special_tokens=False).input_ids)
         speech.extend(np.array(row["tokens"]) + first for row in new)
-        return bool(new)
+        return True
 
     take()
     torch.manual_seed(2)

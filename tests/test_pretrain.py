@@ -1,5 +1,6 @@
 """How the corpus reaches those that learn from it: in parts, as they come. What it says and how needs the programs of
 pretrain/corpus.py."""
+import json
 import subprocess
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from pretrain import __main__ as pretrain
-from pretrain import asr, parts
+from pretrain import asr, parts, tts
 
 
 @pytest.fixture
@@ -56,7 +57,8 @@ def test_the_last_part_may_be_smaller_and_a_kill_between_tokens_and_decoded_cost
 
 def test_a_training_ends_by_its_steps_or_by_the_clock(monkeypatch):
     assert list(parts.pace(SimpleNamespace(minutes=None), 4)) == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
-    clock = iter([0, 30, 90, 130, 999])
+    clock = iter([20, 45, 95, 130, 999])              # one that waited 20 s ends with the others
+    monkeypatch.setattr(parts, "STARTED", 0)
     monkeypatch.setattr(parts.time, "time", lambda: next(clock))
     assert list(parts.pace(SimpleNamespace(minutes=2), 4)) == [(1, 0.25), (2, 0.75), (3, 1.0)]
 
@@ -69,6 +71,16 @@ def test_what_does_not_come_in_time_is_named(build, monkeypatch):
         parts.wait_for_first(args, "speech")
     parts.save(speech(0, 1), "speech", 0)
     assert parts.wait_for(args, "speech", 0)
+
+
+def test_a_training_goes_on_when_no_part_has_come(tmp_path, monkeypatch, capsys):
+    """It looks for new parts every 100 steps, with --tokens in vain."""
+    monkeypatch.setattr(tts, "CHECKPOINTS", tmp_path)
+    rows = [{"text": f"word {i}", "tokens": [i % 7, 1, 2, 3]} for i in range(16)]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pretrain.main(["token2text", "--tokens", str(tmp_path), "--token2text-steps", "100", "--token2text-batch", "2",
+                   "--device", "cpu"])
+    assert "token2text step 100 " in capsys.readouterr().out
 
 
 def test_chunks_are_of_one_voice_and_lose_nobody():
