@@ -1,5 +1,8 @@
 """measure.py: models of real size are built, go through the scripts, and leave a line with their seconds and memory."""
+import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -56,6 +59,23 @@ def test_a_speaker_of_real_size_says_speech_tokens(small):
     assert log[2]["tokens"] > 40                          # of 50: speech is what the random LLM says
 
 
+def test_the_limit_is_what_is_read_and_multiplied():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from engine.models import add_adapters
+    llm = AutoModelForCausalLM.from_pretrained("checkpoints/tts", dtype=torch.float32)
+    layers = sum(w.numel() for name, w in llm.named_parameters() if w.dim() == 2 and "embed" not in name)
+    head, cache = llm.lm_head.weight.numel(), 4 * sum(
+        2 * w.shape[0] for name, w in llm.named_parameters() if "k_proj" in name)      # bytes of a position's k and v
+    policy = add_adapters(llm, "", 2, 1)
+    read = measure.limit(policy, (2, 30), (8, 20), bandwidth=1.0, flops=1e30)          # reading is all that costs
+    assert read["rollout"] == pytest.approx(20 * (4 * (layers + head) + 8 * (30 + 10) * cache))
+    done = measure.limit(policy, (2, 30), (8, 20), bandwidth=1e30, flops=1.0)          # multiplying is
+    assert done["rollout"] == pytest.approx(2 * (2 * 30 + 8 * 20) * layers + 2 * 8 * 20 * head)
+    assert done["update"] == pytest.approx(6 * ((2 * 30 + 8 * 20) * layers + 8 * 20 * head))
+
+
 def test_what_does_not_fit_is_reported_in_the_scripts_own_words(small, monkeypatch):
     import torch
 
@@ -65,6 +85,12 @@ def test_what_does_not_fit_is_reported_in_the_scripts_own_words(small, monkeypat
     monkeypatch.setattr(grpo_asr, "train", full)
     row = measured(small, "grpo_asr", "--micro", "8")
     assert "memory is full; lower --micro (now 8) or --group" in row["failed"] and "seconds" not in row
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="TRL is installed")
+def test_a_peer_that_is_not_installed_is_named():
+    done = subprocess.run([sys.executable, "-m", "tools.peer", "--steps", "2"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: TRL is not installed: pip install trl\n"
 
 
 @pytest.mark.parametrize("flags, message", [("diffro_tts --size real", "no Token2Text"),

@@ -22,6 +22,7 @@ from statistics import median
 
 REAL = Path("build/real")
 CONTEXT = 0.7  # GiB that CUDA keeps for itself
+CARDS = {"H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12)}   # bytes and bf16 FLOPs a second, by their data sheets
 
 
 def parse_args(argv=None):
@@ -50,6 +51,7 @@ import numpy as np
 import soundfile as sf
 import torch
 import transformers as hf
+from peft.tuners.lora import LoraLayer
 
 from data import load_folder
 from engine.log import read_rows
@@ -147,6 +149,40 @@ def real(script, seconds):
             REAL / "asr2", "--speaker", REAL / "speaker", "--dev", texts, "--test", texts]
 
 
+def limit(policy, prompts, samples, bandwidth, flops):
+    """Seconds that a step's LLM takes where a card does nothing but the LLM's own products, and reads what they need:
+    {"rollout", "update"}. `prompts` (B, L) and `samples` (N, T) are sizes.
+
+    A token of a rollout reads all weights, and the keys and values of all rows, half of the samples' on average. An
+    update is the reference's pass, the policy's, and the gradient of its activations, 2 FLOPs a weight and token each;
+    attention's and the adapters' own are left out, and so are encoder, codec, judges and the optimiser.
+    """
+    (batch, length), (rows, tokens) = prompts, samples
+    body = [m.base_layer.weight for m in policy.modules() if isinstance(m, LoraLayer)]
+    head = policy.get_base_model().get_output_embeddings().weight
+    inner, outer = sum(w.numel() for w in body), head.numel()
+    llm = policy.config.get_text_config()
+    width = getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads
+    cache = 2 * llm.num_hidden_layers * llm.num_key_value_heads * width * head.element_size()   # bytes of a position
+    read = sum(w.nbytes for w in body) + head.nbytes + rows * (length + tokens / 2) * cache
+    token = max(read / bandwidth, 2 * rows * (inner + outer) / flops)
+    return {"rollout": 2 * batch * length * inner / flops + tokens * token,
+            "update": 6 * ((batch * length + rows * tokens) * inner + rows * tokens * outer) / flops}
+
+
+def watched(sample, seen):
+    """`sample` that leaves in `seen` the limit of the last rollout of groups, on a card that is known."""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    rates = next((rates for name, rates in CARDS.items() if name in card), None)
+
+    def inner(policy, prompts, group, *given, **named):
+        rollout = sample(policy, prompts, group, *given, **named)
+        if rates and group > 1 and policy.device.type == "cuda":
+            seen.update(limit(policy, prompts.mask.shape, rollout.ids.shape, *rates))
+        return rollout
+    return inner
+
+
 def main(argv=None):
     args = parse_args(argv)
     models = real(args.script, args.seconds) if args.size == "real" else []
@@ -158,12 +194,16 @@ def main(argv=None):
     shutil.rmtree(out, ignore_errors=True)
     named = [*args.flags, *(["--seconds", str(args.seconds)] if args.seconds != 10 else [])]
     row = {"script": args.script, "size": args.size, "gib": args.gib, "flags": " ".join(named)}
+    script, bound = importlib.import_module(args.script), {}
+    script.sample, sample = watched(script.sample, bound), script.sample
     try:
-        importlib.import_module(args.script).main([*map(str, flags), "--out", str(out)])
+        script.main([*map(str, flags), "--out", str(out)])
     except SystemExit as stop:
         if not stop.code:
             raise
         row["failed"] = str(stop.code)
+    finally:
+        script.sample = sample
     if (out / "log.jsonl").exists():
         header, *rows = read_rows(out / "log.jsonl")
         row |= {"device": header["device"], "dtype": header["dtype"], "commit": header["commit"]}
@@ -171,6 +211,7 @@ def main(argv=None):
         if steps:
             row["steps"] = args.steps
             row["seconds"] = {k: round(median(r["seconds"][k] for r in steps), 4) for k in steps[0]["seconds"]}
+            row |= {"limit": {phase: round(seconds, 4) for phase, seconds in bound.items()}} if bound else {}
             row["peak_gib"] = round(steps[-1]["peak_memory_gib"], 2)
             row["peak_by_phase_gib"] = {k: round(v, 2) for k, v in steps[-1]["peak_by_phase_gib"].items()}
     print(json.dumps(row))

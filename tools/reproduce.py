@@ -4,6 +4,7 @@
     python -m tools.reproduce --list               every row: whose it is, its script and flags
     python -m tools.reproduce --table 1            ASR: the paper's rows, rewards and data, three seeds a row
     python -m tools.reproduce --table 1-ours       ASR: rows that the paper has not: MWER, supervised, keyword lists
+    python -m tools.reproduce --table 1-channel    ASR: learned on clean recordings, tested on other channels
     python -m tools.reproduce --table 2            TTS: the paper's rows, GRPO, DiffRO and both, three seeds a row
     python -m tools.reproduce --table 2-ours       TTS: rows that the paper has not: R1 by tokens, soft samples, groups
     python -m tools.reproduce --figure 2           seconds a step by phase, here; on a GPU at real size too
@@ -61,6 +62,8 @@ PAPER = {  # rows of the paper's tables: {table: {row: (script, flags, the paper
         "GRPO": (TTS, FIGURE3), "DiffRO": (DIFFRO, f"{FIGURE3} --group 1"),
         "combined": (DIFFRO, f"{FIGURE3} {BOTH} --filter none"), "+ filter": (DIFFRO, f"{FIGURE3} {BOTH}")},
 }
+CHANNELS = ["clean", "telephone", "opus", "babble"]
+CHANNEL = f"--data build/channel/d0 --dev build/channel/dev --test build/channel/{' build/channel/'.join(CHANNELS)}"
 OURS = {  # rows that the paper has not [choice]
     "table1-ours": {
         "supervised": (ASR, "--objective supervised"),
@@ -69,6 +72,10 @@ OURS = {  # rows that the paper has not [choice]
         "R1, k3": (ASR, "--kl k3"),
         "R1, lists of 10": (ASR, "--hotwords 10"),
         "R1,3, lists of 10": (ASR, "--hotwords 10 --rewards R1,R3")},
+    "table1-channel": {
+        "supervised": (ASR, f"--objective supervised {CHANNEL}"),
+        "R1": (ASR, CHANNEL),
+        "supervised, then R1": (ASR, f"--adapter {{supervised}} {CHANNEL}")},
     "table2-ours": {
         "GRPO, R1,2": (TTS, f"{FAST} --rewards R1,R2"),
         "GRPO, R1 by tokens": (TTS, f"{FAST} --judge token2text"),
@@ -81,7 +88,7 @@ ROWS = {what: {name: row[:2] for name, row in rows.items() if name != "no RL"} f
 RUNS, PICTURES = Path("docs/runs"), Path("docs/pictures")
 PHASES = ("encode", "rollout", "decode", "reward", "update")
 ASR_COLUMNS = {  # column: (test set, metric), %; those that a run has
-    **{f"{test} {short}": (test, key) for test in ("short", "long")
+    **{f"{test} {short}": (test, key) for test in ("short", "long", *CHANNELS)
        for short, key in (("WER", "wer"), ("ins", "insertions"), ("del", "deletions"))},
     "keywords P": ("keywords", "keyword_precision"), "keywords R": ("keywords", "keyword_recall"),
     "keywords F1": ("keywords", "keyword_f1"), "listed, not said": ("keywords", "listed_not_said"),
@@ -105,7 +112,7 @@ def parse_args(argv=None):
     """What to run and where; what it does not know goes to every script."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--list", action="store_true", help="print the rows and stop")
-    p.add_argument("--table", choices=["1", "1-ours", "2", "2-ours"], help="run what is missing of it")
+    p.add_argument("--table", choices=["1", "1-ours", "1-channel", "2", "2-ours"], help="run what is missing of it")
     p.add_argument("--figure", choices=["2", "3"], help="measure 2 here, or run what is missing of 3")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of it")
     p.add_argument("--seeds", type=int, nargs="+", help="(default: 1 2 3 for a table, 1 for a figure)")
@@ -166,6 +173,14 @@ def line_of(folder, name, seed, script):
             "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")), "curve": plot.curves(rows)}
 
 
+def send_through_channels():
+    """The folders of table 1-channel that are missing: D0 and `dev`, clean, and `short` through every channel."""
+    through = [(kind, kind, "test/short") for kind in CHANNELS]
+    for name, kind, source in [("d0", "clean", "d0"), ("dev", "clean", "dev"), *through]:
+        if not Path(f"build/channel/{name}/metadata.jsonl").exists():
+            importlib.import_module("tools.channel").main([kind, f"data/{source}", "--out", f"build/channel/{name}"])
+
+
 def small_tests(folder):
     """Flags of --quick, by script: two steps, and two clips or texts of every test set."""
     ours = Path("data")
@@ -209,6 +224,8 @@ def run_missing(args):
     todo = [(name, seed) for seed in args.seeds for name in ROWS[args.what]
             if (name, seed) not in there and (not args.rows or name in args.rows)]
     small = small_tests(Path("runs/quick-tests")) if args.quick else {}
+    if args.what == "table1-channel":
+        send_through_channels()
     print(f"{len(todo)} runs, {args.jobs} at a time", flush=True)
     with ThreadPool(args.jobs) as pool:
         for (name, seed), (folder, status) in pool.imap_unordered(lambda each: (each, run(args, small, *each)), todo):
