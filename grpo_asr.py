@@ -302,8 +302,9 @@ def finish(run, processor, tests):
     """Evaluates the best adapter on every test set; table, transcripts, times, summary.json."""
     load_adapter(run.policy, run.folder / "adapter")
     with run.phase("evaluate"):
-        after = {name: evaluate(run.policy, processor, tests[name], run.args) for name in tests}
-    before, main_test = run.state["before"], next(iter(tests))
+        before, main_test, better = run.state["before"], next(iter(tests)), run.state["best_step"]
+        after = {name: evaluate(run.policy, processor, tests[name], run.args) if better else before[name]
+                 for name in tests}
     metrics = {name: {"before": before[name][1], "after": after[name][1]} for name in tests}
     was, now = (metrics[main_test][when]["wer"] for when in ("before", "after"))
     told = run.summary(f"{main_test} WER, greedy, best adapter", was, now, metrics)

@@ -358,7 +358,8 @@ def finish(run, studio, listened=10):
     """Evaluates the best adapter; table, transcripts, times, the page to listen to, summary.json."""
     load_adapter(run.policy, run.folder / "adapter")
     with run.phase("evaluate"):
-        after = {name: evaluate(studio, test, studio.before[name][0]) for name, test in studio.tests.items()}
+        after = {name: evaluate(studio, test, studio.before[name][0]) if run.state["best_step"] else studio.before[name]
+                 for name, test in studio.tests.items()}                    # no step was better: the same adapter
     before, language = studio.before, studio.args.language
     metrics = {name: {"before": before[name][1], "after": after[name][1]} for name in after}
     for name, found in metrics.items():

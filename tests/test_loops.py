@@ -294,12 +294,12 @@ def test_dev_chooses_the_adapter_and_is_in_no_table(few, tmp_path, monkeypatch, 
 
 def test_what_is_reported_is_what_the_second_judge_hears(few, tmp_path, monkeypatch):
     """The judge that rewards hears every text perfectly here, the second one always the same sentence."""
-    load_judges = engine.speech.load_judges
+    load_judges, asked = engine.speech.load_judges, []
 
     def scripted(*given, **named):
         codec, judge, second, speaker = load_judges(*given, **named)
         judge.transcribe = lambda waves: TEXTS[:len(waves)]
-        second.transcribe = lambda waves: [TEXTS[0]] * len(waves)
+        second.transcribe = lambda waves: asked.append(len(waves)) or [TEXTS[0]] * len(waves)
         return codec, judge, second, speaker
 
     monkeypatch.setattr(engine.speech, "load_judges", scripted)
@@ -307,7 +307,16 @@ def test_what_is_reported_is_what_the_second_judge_hears(few, tmp_path, monkeypa
                    str(few / "texts.txt"), "--out", str(tmp_path / "run")])
     summary = json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))
     assert summary["before"] == summary["after"] == pytest.approx(jiwer.wer(TEXTS, [TEXTS[0]] * 3), abs=1e-5)
-    assert summary["before"] > 0.3
+    assert summary["before"] > 0.3 and asked == [3, 3]              # dev and test, once: no step, no other adapter
+
+
+def test_what_no_step_made_better_is_evaluated_once(few, tmp_path, monkeypatch):
+    evaluate, asked = grpo_asr.evaluate, []
+    monkeypatch.setattr(grpo_asr, "evaluate", lambda *given: asked.append(1) or evaluate(*given))
+    clips = str(few / "clips")
+    grpo_asr.main([*SMALL, "--steps", "0", "--dev", clips, "--test", clips, "--out", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))
+    assert len(asked) == 2 and summary["before"] == summary["after"]
 
 
 def test_what_is_held_out_is_not_trained_on(tmp_path, capsys):
