@@ -1,12 +1,10 @@
 """measure.py: models of real size are built, go through the scripts, and leave a line with their seconds and memory."""
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tools import measure
+from tools import measure, peer
 
 
 def thin(config_class, **less):
@@ -89,8 +87,8 @@ def test_what_does_not_fit_is_reported_in_the_scripts_own_words(small, monkeypat
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="TRL is installed")
 def test_a_peer_that_is_not_installed_is_named():
-    done = subprocess.run([sys.executable, "-m", "tools.peer", "--steps", "2"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "error: TRL is not installed: pip install trl\n"
+    with pytest.raises(SystemExit, match="is not installed: pip install trl"):
+        peer.main(["--steps", "2"])
 
 
 @pytest.mark.parametrize("flags, message", [("diffro_tts --size real", "no Token2Text"),

@@ -251,7 +251,7 @@ def test_r1_by_tokens_makes_no_waveform_and_asks_no_judge(loaded_once, tmp_path,
     grpo_tts.main(["--device", "cpu", "--steps", "1", "--batch", "2", "--group", "4", "--judge", "token2text", *seconds,
                    "--dev", str(tmp_path / "texts.txt"), "--test", str(tmp_path / "texts.txt"), "--out",
                    str(tmp_path / "run")])
-    assert decoded == [1, 1, 1, 1]                          # the evaluations' one text, before and after, dev and test
+    assert set(decoded) == {1}                              # the evaluations' one text, never the samples of a step
     row = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()][2]
     assert row["reward_std"] > 0 and row["grad_norm"] > 0 and row["judge_failed"] == 0
 

@@ -215,6 +215,7 @@ def test_a_stop_before_the_first_step_and_in_the_last_evaluation_is_one_line(fla
 
     monkeypatch.setattr(grpo_asr, "evaluate", stop)
     assert stopped(grpo_asr.main, *flags[grpo_asr], "--out", copy.parent / "new") == "stopped: nothing was trained"
+    monkeypatch.setattr(grpo_asr, "load_adapter", stop)
     assert "saved after 3 of 3 steps; python grpo_asr.py --resume" in stopped(grpo_asr.main, "--resume", copy)
 
 

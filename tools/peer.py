@@ -10,7 +10,6 @@ linear layer, beta 0.1 and one update a step. A line as that of measure.py is ad
 measure.py and of grpo_tts.py.
 """
 import argparse
-import importlib.util
 import json
 import sys
 import time
@@ -18,35 +17,33 @@ from pathlib import Path
 from statistics import median
 
 from engine.settings import parse_speech
-from tools import measure
 
 
 def parse_args(argv=None):
-    """What measure.py understands; the rest is for grpo_tts.py."""
+    """What measure.py understands; `flags`, the rest, is for grpo_tts.py."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", choices=["embedded", "real"], default="embedded")
     p.add_argument("--steps", type=int, default=12, help="half to warm up, the others timed (default: 12)")
     p.add_argument("--log", default="docs/runs/figure2.jsonl", metavar="FILE", help="(default: %(default)s)")
     args, args.flags = p.parse_known_args(argv)
+    given = parse_speech(args.flags)
+    if given.batch * given.group % given.micro:
+        p.error(f"--micro {given.micro} must divide --batch x --group, {given.batch * given.group}")
     return args
 
 
 if __name__ == "__main__":
     parse_args()  # --help and typing errors answer at once, before torch loads
-    if not importlib.util.find_spec("trl"):
-        sys.exit("error: TRL is not installed: pip install trl")
 
-import pyarrow
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 
 from engine.judges import Codec, Speaker
 from engine.models import precision
 from engine.run import pick_device
 from engine.speech import cast, load_voices, prompt_ids, split_texts
+from tools import measure
 
 
 class Clock(TrainerCallback):
@@ -76,6 +73,12 @@ def prompts_of(args, device, tokenizer):
 
 def main(argv=None):
     ours = parse_args(argv)
+    try:
+        import pyarrow
+        from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        sys.exit(f"error: {error.name} is not installed: pip install trl")
     models = measure.real("grpo_tts", 10) if ours.size == "real" else []
     args = parse_speech([*map(str, models), "--steps", str(ours.steps), *ours.flags])
     device, clock = pick_device(args.device), Clock()
