@@ -183,6 +183,14 @@ def watched(sample, seen):
     return inner
 
 
+def leave(row, log):
+    """Prints a measurement and adds it to the file `log`."""
+    print(json.dumps(row))
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as out:
+        out.write(json.dumps(row) + "\n")
+
+
 def main(argv=None):
     args = parse_args(argv)
     models = real(args.script, args.seconds) if args.size == "real" else []
@@ -214,10 +222,7 @@ def main(argv=None):
             row |= {"limit": {phase: round(seconds, 4) for phase, seconds in bound.items()}} if bound else {}
             row["peak_gib"] = round(steps[-1]["peak_memory_gib"], 2)
             row["peak_by_phase_gib"] = {k: round(v, 2) for k, v in steps[-1]["peak_by_phase_gib"].items()}
-    print(json.dumps(row))
-    Path(args.log).parent.mkdir(parents=True, exist_ok=True)
-    with open(args.log, "a", encoding="utf-8") as log:
-        log.write(json.dumps(row) + "\n")
+    leave(row, args.log)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@
 
 Of our step rollout and update are what TRL does too: the reward here is a constant, TRL takes no speech. Both sample
 with plain transformers (no vLLM), from the whole distribution, in bf16 on a GPU, with LoRA of the same rank on every
-linear layer, beta 0.1 and one update a step. A line as that of measure.py is added to its --log. The flags are those of
-measure.py and of grpo_tts.py.
+linear layer, beta 0.1 and one update a step. A line as that of measure.py is added to --log. Flags that are not
+known here are grpo_tts.py's.
 """
 import argparse
-import json
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
 from engine.settings import parse_speech
@@ -24,9 +22,11 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", choices=["embedded", "real"], default="embedded")
     p.add_argument("--steps", type=int, default=12, help="half to warm up, the others timed (default: 12)")
-    p.add_argument("--log", default="docs/runs/figure2.jsonl", metavar="FILE", help="(default: %(default)s)")
+    p.add_argument("--log", default="runs/peer.jsonl", metavar="FILE", help="(default: %(default)s)")
     args, args.flags = p.parse_known_args(argv)
     given = parse_speech(args.flags)
+    if given.quantize != "none":
+        p.error("--quantize is ours alone: TRL is measured in bf16")
     if given.batch * given.group % given.micro:
         p.error(f"--micro {given.micro} must divide --batch x --group, {given.batch * given.group}")
     return args
@@ -108,10 +108,7 @@ def main(argv=None):
            "tokens": last["completions/mean_length"]}
     if device.type == "cuda":
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
-    print(json.dumps(row))
-    Path(ours.log).parent.mkdir(parents=True, exist_ok=True)
-    with open(ours.log, "a", encoding="utf-8") as log:
-        log.write(json.dumps(row) + "\n")
+    measure.leave(row, ours.log)
 
 
 if __name__ == "__main__":
