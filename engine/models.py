@@ -58,7 +58,7 @@ def load_pretrained(auto_class, name, flag="--model", **options):
     if found["missing_keys"]:       # transformers would fill them with random numbers
         raise DataError(f"{flag} {name}: has no weights for {sorted(found['missing_keys'])[0]} of "
                         f"{type(model).__name__}: made for another task?")
-    return model
+    return fuse_norms(model)
 
 
 def load_recogniser(name, flag="--model", **options):
@@ -87,6 +87,23 @@ def mend_attention(model):
         part = getattr(model.config, name)
         if part is not None and part._attn_implementation is None:
             part._attn_implementation = model.config._attn_implementation
+    return model
+
+
+@torch.no_grad()
+def fuse_norms(model):
+    """Gives every RMSNorm of a model in bf16 torch's kernel, one for seven of transformers' (and two for its gradient),
+    and returns the model. Where a class computes something else (Gemma's adds one to its weight) it stays as it is.
+    """
+    for norm in model.modules() if model.dtype == torch.bfloat16 else ():
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        if not type(norm).__name__.endswith("RMSNorm") or eps is None or getattr(norm, "weight", None) is None:
+            continue
+        fused = functools.partial(torch.nn.functional.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight,
+                                  eps=eps)
+        x = torch.linspace(-2, 3, norm.weight.numel()).to(norm.weight)
+        if torch.allclose(fused(x), norm(x), rtol=0.02, atol=1e-3):                # bf16's rounding is 0.004
+            norm.forward = fused
     return model
 
 
@@ -137,26 +154,29 @@ class _LowRank(torch.autograd.Function):
 
 
 def low_precision(policy):
-    """Gives every adapter of a policy that is not in fp32 the product above, and returns the policy."""
-    def forward(layer, scale, A, B, a, b, x):
+    """Gives every adapter of a policy that is not in fp32 the product above, and returns the policy, which then has
+    `adapted`, those layers, `masters`, their A and B in turn, `copies` of these, and `leaves`, what gets the gradients:
+    the masters, or what stands for them while a CUDA graph is captured."""
+    def forward(layer, scale, leaves, i, a, b, x):
         y = layer.base_layer(x)
-        return y if layer.disable_adapters else _LowRank.apply(x, y, A, B, a, b, scale)
+        return y if layer.disable_adapters else _LowRank.apply(x, y, leaves[i], leaves[i + 1], a, b, scale)
 
     dtype, layers = policy.get_base_model().dtype, [m for m in policy.modules() if isinstance(m, LoraLayer)]
     if dtype != torch.float32:
+        policy.adapted = layers
         policy.masters = [getattr(layer, part)["default"].weight for layer in layers for part in ("lora_A", "lora_B")]
-        policy.copies = [weight.detach().to(dtype) for weight in policy.masters]
+        policy.copies, policy.leaves = [weight.detach().to(dtype) for weight in policy.masters], list(policy.masters)
         for i, layer in enumerate(layers):
-            pair = slice(2 * i, 2 * i + 2)
-            layer.forward = functools.partial(forward, layer, layer.scaling["default"], *policy.masters[pair],
-                                              *policy.copies[pair])
+            layer.forward = functools.partial(forward, layer, layer.scaling["default"], policy.leaves, 2 * i,
+                                              *policy.copies[2 * i:2 * i + 2])
     return policy
 
 
 @torch.no_grad()
 def refresh_adapters(policy):
-    """Fills the copies of a policy's adapters from the adapters."""
-    if copies := getattr(policy, "copies", None):
+    """Fills the copies of a policy's adapters from the adapters; what is captured in a CUDA graph finds them filled."""
+    copies = getattr(policy, "copies", None)
+    if copies and not (copies[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         torch._foreach_copy_(copies, policy.masters)
 
 

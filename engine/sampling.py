@@ -7,10 +7,9 @@
     self_check(policy, prompts, others, ...)               that sampler and trainer agree, tried before a run
 
 A prompt is read once and its keys and values are copied to the G rows that share it, in the rollout, the policy pass
-and the reference pass alike. On a GPU one decoding step is captured as a CUDA graph and replayed, for the whole run:
-the same kernels without the launching of each, which is most of the time of a small batch. Where the logits of all
-tokens are many, log-probs come from the hidden states a few rows at a time, and again in the backward pass. All of this
-is our choice; the paper samples with vLLM.
+and the reference pass alike. On a GPU a decoding step and the pass over samples are captured as CUDA graphs and
+replayed (engine/graphs.py). Where the logits of all tokens are many, log-probs come from the hidden states a few rows
+at a time, and again in the backward pass. All of this is our choice; the paper samples with vLLM.
 
 Shapes: B prompts, G samples each, N = B G samples, T tokens of a sample, L of a prompt, D width, V vocabulary.
 `group` is G; `each` is how many rows share a prompt in the pass at hand: G, or fewer in a small micro-batch.
@@ -20,15 +19,14 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from engine.audio import DataError
+from engine.graphs import captured_pass, captured_step, forget, graphable
 from engine.models import refresh_adapters
 from engine.parallel import RANK, Shared
 
-BUCKET = 64         # places: a captured step has a multiple of it, so that few have to be captured
-KEPT = 1 / 8        # of the card's memory: what a model's captured steps may keep from one rollout to the next
 AT_ONCE = 2 ** 26   # logits that may exist at once in a pass over samples; 128 MiB in bf16
 
 
@@ -81,11 +79,25 @@ def prefill(policy, prompts, each, copy=True):
     """
     refresh_adapters(policy)
     cache = DynamicCache()
-    out = policy(inputs_embeds=prompts.embeds, attention_mask=prompts.mask, past_key_values=cache, use_cache=True,
+    seen = visible(prompts.mask, prompts.mask.shape[1], prompts.embeds.dtype)
+    out = policy(inputs_embeds=prompts.embeds, attention_mask=seen, past_key_values=cache, use_cache=True,
                  position_ids=(prompts.mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1)
     if copy:
         cache.batch_repeat_interleave(each)
     return out.logits[:, -1].repeat_interleave(each, dim=0), cache
+
+
+def visible(seen, count, dtype):
+    """What the last `count` of the places `seen`, (N, K), attend to: an attention mask. On the CPU `seen` itself, of
+    which transformers makes the same as below; on a GPU it would wait for the numbers in it."""
+    return causal(seen, count, dtype) if seen.is_cuda else seen
+
+
+def causal(seen, count, dtype):
+    """(N, K) -> (N, 1, count, K), added to the scores: 0 for what is seen and not behind the place that asks."""
+    places = torch.arange(seen.shape[1], device=seen.device)
+    hidden = ~seen.bool()[:, None, None] | (places > places[-count:, None])
+    return torch.zeros(hidden.shape, dtype=dtype, device=seen.device).masked_fill(hidden, torch.finfo(dtype).min)
 
 
 class RoomyLayer(DynamicLayer):
@@ -112,104 +124,6 @@ class RoomyLayer(DynamicLayer):
     def batch_select_indices(self, indices):
         super().batch_select_indices(indices)
         self.room = None
-
-
-class GraphedStep:
-    """One decoding step of N rows as a CUDA graph: token (N,) -> logits (N, V), the same numbers as the plain step.
-
-    A graph replays fixed kernels on fixed memory, so everything that changes lives in tensors that change in place: the
-    token, its position and place, the keys and values, which of them may be seen, and the adapters. So one captured
-    step serves every rollout of N rows whose prompts and new tokens fit into its `places`.
-    """
-
-    def __init__(self, policy, rows, places, dtype):
-        self.policy, self.graph = policy, None
-        self.cache = StaticCache(policy.config.get_text_config(decoder=True), max_cache_len=places)
-        self.token = torch.zeros(rows, 1, dtype=torch.long, device=policy.device)
-        self.position, self.column = self.token.clone(), self.token.new_zeros(1)
-        self.hidden = self.token.new_zeros((rows, 1, 1, places), dtype=dtype)       # added to the scores
-
-    def begin(self, cache, mask, group):
-        """Puts the prompts in, from their `cache` (B rows), for the `group` rows of each; `mask` (N, L)."""
-        self.mask = mask
-        self.cache.reset()                                                          # in place
-        for i, layer in enumerate(cache.layers):
-            self.cache.update(*(x.repeat_interleave(group, dim=0) for x in (layer.keys, layer.values)), i)
-        if self.graph is None:
-            self.capture()
-        self.rewind()
-
-    def rewind(self):
-        """Back to where the prompts end."""
-        length = self.mask.shape[1]
-        self.position.copy_(self.mask.sum(dim=1, keepdim=True))
-        self.column.fill_(length)
-        self.hidden.fill_(torch.finfo(self.hidden.dtype).min)
-        self.hidden[..., :length].masked_fill_(self.mask[:, None, None].bool(), 0)
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(length)
-
-    def step(self):
-        """What is captured: self.token (N, 1) -> logits (N, V)."""
-        self.hidden.index_fill_(3, self.column, 0)
-        logits = self.policy(input_ids=self.token, attention_mask=self.hidden, past_key_values=self.cache,
-                             use_cache=True, position_ids=self.position).logits[:, -1]
-        self.column += 1
-        self.position += 1
-        return logits
-
-    def capture(self):
-        """Records the kernels of one step as self.graph, which leaves its result in self.logits."""
-        self.graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):                            # warm-up: what is set up on first use can't be captured
-                self.rewind()
-                self.step()
-            torch.cuda.synchronize()
-            self.graph.capture_begin()
-            self.logits = self.step()
-            self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(side)
-
-    def __call__(self, token):
-        self.token.copy_(token[:, None])
-        self.graph.replay()
-        return self.logits
-
-    def nbytes(self):
-        """What it keeps: keys and values, nearly all of it."""
-        return sum(x.nbytes for layer in self.cache.layers for x in (layer.keys, layer.values))
-
-
-def graphable(policy):
-    """Whether a decoding step is captured: on a GPU."""
-    return policy.device.type == "cuda"
-
-
-def captured_step(policy, cache, mask, group, room):
-    """The GraphedStep of these rows, at the end of their prompts: an earlier rollout's, or captured now. It is kept
-    with the policy; those unused for longest go, and at last itself, until what is kept is within KEPT of the card."""
-    bucket = len(mask), -(-(mask.shape[1] + room) // BUCKET) * BUCKET
-    kept, size = policy.__dict__.setdefault("captured", {}), memory_limit(policy.device)
-    step = kept.pop(bucket, None) or GraphedStep(policy, *bucket, cache.layers[0].keys.dtype)
-    step.begin(cache, mask, group)
-    kept[bucket] = step
-    while kept and sum(each.nbytes() for each in kept.values()) > KEPT * size:
-        del kept[next(iter(kept))]
-        torch.cuda.empty_cache()              # a graph's memory is its own: nothing else can use what it leaves
-    return step
-
-
-def forget(policy):
-    """Drops the captured steps of a model whose weights move, so that others can use their memory."""
-    if policy.__dict__.pop("captured", None):
-        torch.cuda.empty_cache()
-
-
-def memory_limit(device):
-    """Bytes that torch may take of a GPU."""
-    return torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
 
 
 @torch.no_grad()
@@ -283,8 +197,8 @@ def completion_logits(policy, prompts, ids, mask, each):
     position = start + torch.arange(ids.shape[1] - 1, device=ids.device)            # (N, T - 1)
     logits = first[:, None]                                                         # (N, 1, V)
     if ids.shape[1] > 1:
-        rest = policy(input_ids=ids[:, :-1], attention_mask=seen, position_ids=position, past_key_values=cache,
-                      use_cache=True).logits
+        rest = policy(input_ids=ids[:, :-1], attention_mask=visible(seen, ids.shape[1] - 1, prompts.embeds.dtype),
+                      position_ids=position, past_key_values=cache, use_cache=True).logits
         logits = torch.cat([logits, rest], dim=1)                                   # (N, T, V)
     return logits
 
@@ -341,13 +255,22 @@ def completion_logprobs(policy, prompts, ids, mask, each, temperature):
 
     With more than AT_ONCE logits the output layer takes a few rows at a time, again in the backward pass.
     """
-    rows = AT_ONCE // (ids.shape[1] * policy.get_base_model().get_output_embeddings().weight.shape[0])
-    if rows >= len(ids):
-        return token_logprobs(completion_logits(policy, prompts, ids, mask, each), ids, temperature)
-    with headless(policy) as head:
-        hidden = completion_logits(policy, prompts, ids, mask, each)                # (N, T, D)
-    return torch.cat([checkpoint(lambda h, i: token_logprobs(head(h), i, temperature), *part, use_reentrant=False)
-                      for part in zip(hidden.split(max(1, rows)), ids.split(max(1, rows)))])
+    def logprobs(embeds, seen, ids, mask):
+        given = policy, Prompts(embeds, seen), ids, mask, each
+        rows = AT_ONCE // (ids.shape[1] * policy.get_base_model().get_output_embeddings().weight.shape[0])
+        if rows >= len(ids):
+            return token_logprobs(completion_logits(*given), ids, temperature)
+        with headless(policy) as head:
+            hidden = completion_logits(*given)                                      # (N, T, D)
+        return torch.cat([checkpoint(lambda h, i: token_logprobs(head(h), i, temperature), *part, use_reentrant=False,
+                                     preserve_rng_state=False)
+                          for part in zip(hidden.split(max(1, rows)), ids.split(max(1, rows)))])
+
+    given = prompts.embeds, prompts.mask, ids, mask
+    if not hasattr(policy, "copies"):                     # on the CPU
+        return logprobs(*given)
+    refresh_adapters(policy)
+    return captured_pass(policy, logprobs, given, each, temperature, policy.adapted[0].disable_adapters)
 
 
 @contextlib.contextmanager

@@ -2,18 +2,22 @@
 test_recognisers.py, for every class."""
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear8bitLt
 from conftest import CPU, first, untrained
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForMultimodalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import grpo_asr
-from engine import sampling
+from engine import graphs, sampling
 from engine.audio import DataError
-from engine.models import add_adapters, refresh_adapters
+from engine.models import add_adapters, fuse_norms, refresh_adapters
 from engine.recognisers import collate
 from engine.run import Run, pick_device
 from engine.sampling import (
@@ -156,12 +160,12 @@ def test_room_behind_the_keys_changes_nothing(recogniser, clips, monkeypatch):
 def without_gpu(monkeypatch):
     """A captured step on fixed memory, run as it is in place of its graph; returns the list of those captured."""
     captured = []
-    monkeypatch.setattr(sampling, "BUCKET", 256)
+    monkeypatch.setattr(graphs, "BUCKET", 256)
     monkeypatch.setattr(sampling, "graphable", lambda policy: True)
-    monkeypatch.setattr(sampling, "memory_limit", lambda device: 2 ** 33)
-    monkeypatch.setattr(sampling.GraphedStep, "capture",
+    monkeypatch.setattr(graphs, "memory_limit", lambda device: 2 ** 33)
+    monkeypatch.setattr(graphs.GraphedStep, "capture",
                         lambda self: (setattr(self, "graph", 1), captured.append(self)))
-    monkeypatch.setattr(sampling.GraphedStep, "__call__",
+    monkeypatch.setattr(graphs.GraphedStep, "__call__",
                         lambda self, token: (self.token.copy_(token[:, None]), self.step())[1])
     return captured
 
@@ -200,12 +204,12 @@ def test_captured_steps_are_kept_within_their_part_of_the_card(recogniser, clips
         rollout_of(recogniser, clips[:count], limit=20)
     one, two = captured
     assert list(policy.captured.values()) == [two, one] and two.nbytes() == 2 * one.nbytes()
-    monkeypatch.setattr(sampling, "memory_limit", lambda device: 8 * (two.nbytes() + one.nbytes()))
+    monkeypatch.setattr(graphs, "memory_limit", lambda device: 8 * (two.nbytes() + one.nbytes()))
     rollout_of(recogniser, clips[:2], limit=20)
     assert list(policy.captured.values()) == [one, two]
     rollout_of(recogniser, clips[:1], limit=256)                                    # another bucket, of two units
     assert len(captured) == 3 and one not in policy.captured.values() and captured[2] in policy.captured.values()
-    monkeypatch.setattr(sampling, "memory_limit", lambda device: 1)
+    monkeypatch.setattr(graphs, "memory_limit", lambda device: 1)
     assert rollout_of(recogniser, clips[:2], limit=20)[1].mask.any() and policy.captured == {}
 
 
@@ -228,6 +232,159 @@ def test_graphed_rollouts_are_the_trained_pass(clips):
             found.append(rollout)
     assert len({step.token.shape for step in policy.captured.values()}) == 2 and len(policy.captured) <= 3
     assert not torch.equal(found[0].ids, found[3].ids) and not torch.equal(found[3].ids, found[6].ids)
+
+
+class PlainPass:
+    """A captured pass without a GPU: the function itself, in the sizes of a graph. It counts those that are replayed
+    and, as the graphs of one policy share their memory, fails where one begins before another's gradient was taken."""
+
+    made, replayed, awaited, layer = [], 0, False, None
+
+    def __init__(self, function, given, passes, grad):
+        self.function, self.sizes = function, [tuple(one.shape) for one in given]
+        self.kind = grad, self.layer.disable_adapters
+        PlainPass.made.append(self.sizes)
+
+    def __call__(self, given):
+        assert [tuple(one.shape) for one in given] == self.sizes and not PlainPass.awaited
+        assert self.kind == (torch.is_grad_enabled(), self.layer.disable_adapters)
+        PlainPass.replayed += 1
+        PlainPass.awaited = torch.is_grad_enabled()
+        return self.function(*given)
+
+
+@pytest.fixture
+def passes(recogniser, monkeypatch):
+    """The embedded recogniser as a policy whose passes are captured, without a GPU; returns PlainPass."""
+    policy = recogniser[2]
+    for name, value in {"adapted": [m for m in policy.modules() if isinstance(m, LoraLayer)], "copies": [],
+                        "masters": [p for p in policy.parameters() if p.requires_grad], "leaves": []}.items():
+        monkeypatch.setattr(policy, name, value, raising=False)
+    monkeypatch.setattr(graphs, "GraphedPass", PlainPass)
+    monkeypatch.setattr(graphs, "memory_limit", lambda device: 2 ** 33)
+    for name in ("graph_pool_handle", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    PlainPass.made, PlainPass.replayed, PlainPass.awaited, PlainPass.layer = [], 0, False, policy.adapted[0]
+    yield PlainPass
+    policy.__dict__.pop("passes", None)
+
+
+def test_what_a_gpu_captures_of_an_update_is_the_plain_pass(recogniser, clips, passes):
+    """In the sizes of a graph, for prompts and samples of about that size: values and gradients, policy and reference.
+    Captured when a size comes a second time, and not replayed while another gradient is awaited."""
+    policy, found = recogniser[2], []
+    cases = [rollout_of(recogniser, clips[i:i + 4], limit=60) for i in (0, 4, 8, 0)]
+    sizes = [(prompts.mask.shape[1], rollout.ids.shape[1]) for prompts, rollout in cases]
+    assert [(graphs.rounded_up(length), graphs.rounded_up(count)) for length, count in sizes] == [
+        (80, 28), (96, 32), (80, 28), (80, 28)] and sizes[0] != sizes[2]
+    moved = [p for n, p in policy.named_parameters() if "lora_B" in n]
+    for weight in moved:
+        weight.data += 0.02
+    for plainly in (False, True):
+        for prompts, rollout in cases:
+            policy.zero_grad()
+            ref_logp = reference_logprobs(policy, prompts, rollout, 3, 12, 0.7)
+            logprobs(recogniser, prompts, rollout, 3, 0.7)
+            logp = completion_logprobs(policy, prompts, rollout.ids, rollout.mask, 3, 0.7)
+            (logp * rollout.mask).cos().sum().backward()
+            passes.awaited = False
+            gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+            found.append((rollout.mask, ref_logp, logp.detach(), gradient))
+        if not plainly:
+            assert passes.made == [[(4, 80, 256), (4, 80), (12, 28), (12, 28)]] * 3 and passes.replayed == 6
+            policy.passes.full = True
+    for weight in moved:
+        weight.data -= 0.02
+    assert passes.replayed == 6
+    for (mask, ref, logp, gradient), (_, plain_ref, plain, expected) in zip(found[:4], found[4:]):
+        assert logp.shape == plain.shape and close(logp, plain, mask) and close(ref, plain_ref, mask)
+        assert (gradient - expected).abs().max() < 1e-4 * expected.abs().max() and not close(logp, ref, mask, 0.05)
+
+
+def out_of_memory(*_):
+    raise torch.cuda.OutOfMemoryError
+
+
+def test_passes_are_captured_where_there_is_memory_and_few_tokens(recogniser, clips, passes, monkeypatch):
+    policy, (prompts, rollout) = recogniser[2], rollout_of(recogniser, clips[:4], limit=60)
+
+    def replayed():
+        before = passes.replayed
+        for _ in range(3):
+            logprobs(recogniser, prompts, rollout)
+        return passes.replayed - before
+
+    assert replayed() == 2
+    passes.awaited = True
+    assert replayed() == 0
+    passes.awaited = False
+    monkeypatch.setattr(graphs, "TOKENS", rollout.ids.numel() - 1)
+    assert replayed() == 0
+    monkeypatch.setattr(graphs, "TOKENS", rollout.ids.numel())
+    assert replayed() == 3
+    del policy.passes
+    reserved = iter([0, 2 ** 33 // 3 + 1])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: next(reserved, 0))
+    assert replayed() == 0 and policy.passes.full and not policy.passes.known
+    del policy.passes
+    monkeypatch.setattr(graphs, "GraphedPass", out_of_memory)
+    assert replayed() == 0 and policy.passes.full
+
+
+@needs_gpu
+def test_a_captured_update_is_the_plain_one(clips):
+    """Values and the gradient of two micro-batches, for prompts of several lengths in turn, as the adapters move; two
+    passes whose gradients are taken only then; and the reference. In bf16."""
+    device = torch.device("cuda")
+    processor, policy = grpo_asr.load(grpo_asr.parse_args([]), device)
+    prompts = [encode(policy, collate(processor, some, "en").to(device)) for some in (clips[:4], clips[4:8])]
+    rollouts = [sample(policy, asked, 4, 30, [-1], 1.0, generator_for(0, 0, device)) for asked in prompts]
+
+    def update():
+        found = []
+        for asked, rollout in zip(prompts, rollouts):
+            policy.zero_grad()
+            ref = reference_logprobs(policy, asked, rollout, 4, 8, 1.0)
+            parts = [(rows, completion_logprobs(policy, asked[part], rollout.ids[rows], rollout.mask[rows], 4, 1.0))
+                     for part, rows, _ in micro_batches(4, 4, 8)]
+            for rows, logp in parts:                      # the second waits while the first one's gradient is taken
+                (logp.exp() * rollout.mask[rows]).sum().backward()
+            parts = [logp.detach() for _, logp in parts]
+            for part, rows, _ in micro_batches(4, 4, 8):
+                logp = completion_logprobs(policy, asked[part], rollout.ids[rows], rollout.mask[rows], 4, 1.0)
+                (logp * rollout.mask[rows]).sum().backward()
+                parts.append(logp.detach())
+            gradient = torch.cat([weight.grad.flatten() for weight in policy.masters])
+            found.append((rollout.mask, ref, *map(torch.cat, (parts[:2], parts[2:])), gradient))
+        return found
+
+    update()                                              # sizes are captured when they come a second time
+    for turn in range(2):
+        for weight in policy.masters:
+            torch.manual_seed(turn)
+            weight.data.copy_(torch.randn_like(weight) * 0.02 * (turn + 1))
+        replayed = update()
+        policy.passes.full, kept = True, policy.passes.known
+        plain = update()
+        policy.passes.full = False
+        assert sum(one is not None for one in kept.values()) >= 3
+        for (mask, *logps, gradient), (_, *others, expected) in zip(replayed, plain):
+            assert all(float((a - b)[mask].abs().mean()) < 0.03 for a, b in zip(logps, others))
+            assert (gradient - expected).norm() < 0.05 * expected.norm()
+            assert float((logps[0] - logps[1])[mask].abs().mean()) > 0.03
+
+
+def test_torch_s_norm_is_that_of_a_model_in_bf16_and_of_no_other(recogniser):
+    """Within bf16's rounding, value and gradient; Gemma's, which adds one to its weight, stays."""
+    plain = Qwen3RMSNorm(64).to(torch.bfloat16)
+    plain.weight.data = torch.linspace(0.5, 2, 64, dtype=torch.bfloat16)
+    fused, gemma, fp32 = copy.deepcopy(plain), Gemma3RMSNorm(64).to(torch.bfloat16), Qwen3RMSNorm(64)
+    x = torch.linspace(-3, 2, 256).view(4, 64).bfloat16().requires_grad_()
+    for norm in (fused, gemma, fp32):
+        fuse_norms(SimpleNamespace(modules=lambda norm=norm: [norm], dtype=norm.weight.dtype))
+    gradients = [torch.autograd.grad(norm(x).cos().sum(), x)[0] for norm in (plain, fused)]
+    assert "forward" in fused.__dict__ and "forward" not in {**gemma.__dict__, **fp32.__dict__}
+    assert torch.allclose(plain(x), fused(x), rtol=0.02) and torch.allclose(*gradients, rtol=0.1, atol=0.02)
 
 
 # ---- learning ------------------------------------------------------------------------------------------------

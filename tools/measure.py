@@ -129,7 +129,7 @@ def build_clips(folder, count, seconds, test=False, rate=16_000):
 def real(script, seconds):
     """The flags that put a script on models of real size, which are built where they are missing."""
     clips, test = f"clips{seconds}", f"test{seconds}"
-    makers = {"asr": build_asr, clips: functools.partial(build_clips, count=24, seconds=seconds),
+    makers = {"asr": build_asr, clips: functools.partial(build_clips, count=32, seconds=seconds),
               test: functools.partial(build_clips, count=32, seconds=seconds, test=True)}
     if script != "grpo_asr":
         makers |= {"asr2": functools.partial(build_asr, seed=1), "tts": build_tts, "codec": build_codec,
