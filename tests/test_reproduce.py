@@ -157,7 +157,7 @@ def test_a_missing_run_is_run_and_gets_a_line_and_one_that_is_there_is_not(stub,
     assert path.read_bytes().startswith(kept) and Path("runs/reproduce/mine-table2-diffro-r1-seed2/log.jsonl").exists()
     _, two, _ = sorted(reproduce.read_lines(path), key=lambda line: line["seed"])
     assert two == {"row": "DiffRO, R1", "seed": 2, "script": "diffro_tts.py", "commit": "abc", "versions": {},
-                   "arguments": {"lr": 1.0, "steps": 80, "micro": 64, "eval_every": 20, "eval_samples": 2},
+                   "arguments": {"lr": 1.0, "steps": 80, "micro": 64, "eval_every": 20, "eval_samples": 4},
                    "device": "cpu", "dtype": "torch.float32", "summary": SUMMARY,
                    "curve": {"kl": {"0": 0.1}, **{f"eval_{key}": {"0": value, "1": 0.05 if key == "wer" else value}
                                                   for key, value in BEFORE.items()}}}

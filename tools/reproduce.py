@@ -34,7 +34,7 @@ from tools import plot
 
 # of the paper: B 16, G 8 where GRPO is used, DiffRO alone G 1; B 8 for the long runs, which would take twice as long.
 # With 3e-3 GRPO did not learn, with 1e-3 DiffRO alone made `plain` worse (a pilot of one seed each)
-TABLE2 = "--batch 16 --micro 64 --steps 80 --eval-every 20 --eval-samples 2"
+TABLE2 = "--batch 16 --micro 64 --steps 80 --eval-every 20 --eval-samples 4"
 FAST = f"{TABLE2} --lr 1e-3"
 FIGURE3 = "--steps 2500 --batch 8 --micro 64 --eval-every 100 --eval-samples 4"
 BOTH = "--method grpo+diffro --group 8"
