@@ -15,7 +15,7 @@ from transformers import StaticCache
 
 BUCKET = 64         # places: a captured step has a multiple of it, so that few have to be captured
 KEPT = 1 / 8        # of the card's memory: what a model's captured steps may keep from one rollout to the next
-PASSES = 1 / 3      # of the card's memory: what the captured passes of a policy may keep, all in one place
+PASSES = 1 / 16     # of the card's memory: what the captured passes of a policy may keep, all in one place
 TOKENS = 2 ** 13    # samples x tokens: a pass over more keeps a GPU busy without a graph
 
 

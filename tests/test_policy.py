@@ -323,7 +323,7 @@ def test_passes_are_captured_where_there_is_memory_and_few_tokens(recogniser, cl
     monkeypatch.setattr(graphs, "TOKENS", rollout.ids.numel())
     assert replayed() == 3
     del policy.passes
-    reserved = iter([0, 2 ** 33 // 3 + 1])
+    reserved = iter([0, 2 ** 33 // 16 + 1])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: next(reserved, 0))
     assert replayed() == 0 and policy.passes.full and not policy.passes.known
     del policy.passes
