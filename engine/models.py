@@ -2,6 +2,7 @@
 
     load_pretrained(class, name)     transformers' loaders; safetensors only, no remote code
     load_recogniser(name)            processor and model of any class in recognisers.py
+    fuse_norms(model)                one kernel for a norm, in bf16
     quantization(name, device, ...)  what from_pretrained needs for --quantize
     add_adapters(base, ...)          fp32 LoRA on the frozen base
     refresh_adapters(policy)         its adapters' bf16 copies, where there are some, filled anew
