@@ -2,7 +2,7 @@
 
     settings     the flags of the chapters, without torch
     sampling     prompts, rollouts, log-probs of what was sampled
-    graphs       a decoding step and the pass over samples as CUDA graphs
+    graphs       a decoding step as a CUDA graph
     recognisers  how each class of recogniser is asked, hears and answers
     models       loading, adapters, 8-bit weights
     judges       codec, judge, speaker model, Token2Text

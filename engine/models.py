@@ -155,29 +155,26 @@ class _LowRank(torch.autograd.Function):
 
 
 def low_precision(policy):
-    """Gives every adapter of a policy that is not in fp32 the product above, and returns the policy, which then has
-    `adapted`, those layers, `masters`, their A and B in turn, `copies` of these, and `leaves`, what gets the gradients:
-    the masters, or what stands for them while a CUDA graph is captured."""
-    def forward(layer, scale, leaves, i, a, b, x):
+    """Gives every adapter of a policy that is not in fp32 the product above, and returns the policy."""
+    def forward(layer, scale, A, B, a, b, x):
         y = layer.base_layer(x)
-        return y if layer.disable_adapters else _LowRank.apply(x, y, leaves[i], leaves[i + 1], a, b, scale)
+        return y if layer.disable_adapters else _LowRank.apply(x, y, A, B, a, b, scale)
 
     dtype, layers = policy.get_base_model().dtype, [m for m in policy.modules() if isinstance(m, LoraLayer)]
     if dtype != torch.float32:
-        policy.adapted = layers
         policy.masters = [getattr(layer, part)["default"].weight for layer in layers for part in ("lora_A", "lora_B")]
-        policy.copies, policy.leaves = [weight.detach().to(dtype) for weight in policy.masters], list(policy.masters)
+        policy.copies = [weight.detach().to(dtype) for weight in policy.masters]
         for i, layer in enumerate(layers):
-            layer.forward = functools.partial(forward, layer, layer.scaling["default"], policy.leaves, 2 * i,
-                                              *policy.copies[2 * i:2 * i + 2])
+            pair = slice(2 * i, 2 * i + 2)
+            layer.forward = functools.partial(forward, layer, layer.scaling["default"], *policy.masters[pair],
+                                              *policy.copies[pair])
     return policy
 
 
 @torch.no_grad()
 def refresh_adapters(policy):
-    """Fills the copies of a policy's adapters from the adapters; what is captured in a CUDA graph finds them filled."""
-    copies = getattr(policy, "copies", None)
-    if copies and not (copies[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+    """Fills the copies of a policy's adapters from the adapters."""
+    if copies := getattr(policy, "copies", None):
         torch._foreach_copy_(copies, policy.masters)
 
 

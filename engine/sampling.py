@@ -7,9 +7,9 @@
     self_check(policy, prompts, others, ...)               that sampler and trainer agree, tried before a run
 
 A prompt is read once and its keys and values are copied to the G rows that share it, in the rollout, the policy pass
-and the reference pass alike. On a GPU a decoding step and the pass over samples are captured as CUDA graphs and
-replayed (engine/graphs.py). Where the logits of all tokens are many, log-probs come from the hidden states a few rows
-at a time, and again in the backward pass. All of this is our choice; the paper samples with vLLM.
+and the reference pass alike. On a GPU a decoding step is captured as a CUDA graph and replayed (engine/graphs.py).
+Where the logits of all tokens are many, log-probs come from the hidden states a few rows at a time, and again in the
+backward pass. All of this is our choice; the paper samples with vLLM.
 
 Shapes: B prompts, G samples each, N = B G samples, T tokens of a sample, L of a prompt, D width, V vocabulary.
 `group` is G; `each` is how many rows share a prompt in the pass at hand: G, or fewer in a small micro-batch.
@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from engine.audio import DataError
-from engine.graphs import captured_pass, captured_step, forget, graphable
+from engine.graphs import captured_step, forget, graphable
 from engine.models import refresh_adapters
 from engine.parallel import RANK, Shared
 
@@ -255,22 +255,13 @@ def completion_logprobs(policy, prompts, ids, mask, each, temperature):
 
     With more than AT_ONCE logits the output layer takes a few rows at a time, again in the backward pass.
     """
-    def logprobs(embeds, seen, ids, mask):
-        given = policy, Prompts(embeds, seen), ids, mask, each
-        rows = AT_ONCE // (ids.shape[1] * policy.get_base_model().get_output_embeddings().weight.shape[0])
-        if rows >= len(ids):
-            return token_logprobs(completion_logits(*given), ids, temperature)
-        with headless(policy) as head:
-            hidden = completion_logits(*given)                                      # (N, T, D)
-        return torch.cat([checkpoint(lambda h, i: token_logprobs(head(h), i, temperature), *part, use_reentrant=False,
-                                     preserve_rng_state=False)
-                          for part in zip(hidden.split(max(1, rows)), ids.split(max(1, rows)))])
-
-    given = prompts.embeds, prompts.mask, ids, mask
-    if not hasattr(policy, "copies"):                     # on the CPU
-        return logprobs(*given)
-    refresh_adapters(policy)
-    return captured_pass(policy, logprobs, given, each, temperature, policy.adapted[0].disable_adapters)
+    rows = AT_ONCE // (ids.shape[1] * policy.get_base_model().get_output_embeddings().weight.shape[0])
+    if rows >= len(ids):
+        return token_logprobs(completion_logits(policy, prompts, ids, mask, each), ids, temperature)
+    with headless(policy) as head:
+        hidden = completion_logits(policy, prompts, ids, mask, each)                # (N, T, D)
+    return torch.cat([checkpoint(lambda h, i: token_logprobs(head(h), i, temperature), *part, use_reentrant=False)
+                      for part in zip(hidden.split(max(1, rows)), ids.split(max(1, rows)))])
 
 
 @contextlib.contextmanager
