@@ -64,9 +64,12 @@ def test_a_users_folder_under_data_is_his_own(tmp_path, monkeypatch):
     assert len(tests["held-out"]) == 2 and len(dev) == 1 and len(texts) == 17
 
 
-def test_an_embedded_pool_is_known_by_any_spelling_of_its_path():
+def test_an_embedded_pool_is_known_by_any_spelling_of_its_path(tmp_path, monkeypatch):
     assert data.are_ours(["data/d0/", "./data/../data/d3", str(ROOT / "data/d1"), "data/tts/train.jsonl"])
     assert not data.are_ours(["data/test/short"]) and not data.are_ours(["data/d0", "data"])
+    (tmp_path / "data").symlink_to(ROOT / "data")           # which lies on another disk
+    monkeypatch.setattr(data, "EMBEDDED", tmp_path / "data")
+    assert data.are_ours([str(tmp_path / "data/d0"), "data/d3"]) and not data.are_ours([str(tmp_path / "data/dev")])
 
 
 def test_the_embedded_models_are_found_from_another_folder(tmp_path, monkeypatch):

@@ -48,7 +48,9 @@ class Stub:
         self.started.append(command)
         given = dict(zip(command, command[1:]))
         folder, script = Path(given.get("--out", "nowhere")), command[1]
-        if script in SCRIPTS and not self.status:
+        if "--resume" in given:
+            Path(given["--resume"], "summary.json").write_text(json.dumps(SUMMARY))
+        elif script in SCRIPTS and not self.status:
             try:
                 arguments = vars(SCRIPTS[script].parse_args(command[2:]))
             except SystemExit:                              # would end the pool's thread, and nobody would hear of it
@@ -164,6 +166,21 @@ def test_a_missing_run_is_run_and_gets_a_line_and_one_that_is_there_is_not(stub,
     assert "| DiffRO, R1 | 3 | 5.0 |" in capsys.readouterr().out and Path("mine/table2.png").exists()
     reproduce.main(asked)
     assert len(stub.started) == 2 and len(path.read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_a_run_that_was_stopped_goes_on_and_one_of_other_flags_or_at_its_end_begins_anew(stub):
+    asked = ["--table", "2", "--rows", "DiffRO, R1", "--seeds", "2", "--results", "mine"]
+    folder = Path("runs/reproduce/mine-table2-diffro-r1-seed2")
+    for flags, ended, goes_on in (([], False, False), ([], False, True), (["--lr", "1"], False, False),
+                                  (["--lr", "1"], True, False)):
+        if folder.exists():
+            Path("mine/table2.jsonl").unlink()
+            (folder / "state.pt").touch()
+            if not ended:
+                (folder / "summary.json").unlink()
+        reproduce.main(asked + flags)
+        assert (stub.started[-1][1:] == ["diffro_tts.py", "--resume", str(folder)]) == goes_on
+        assert reproduce.read_lines(Path("mine/table2.jsonl"))[0]["arguments"].get("lr") == (1.0 if flags else None)
 
 
 def test_every_row_and_seed_has_a_folder_of_its_own(stub, monkeypatch):

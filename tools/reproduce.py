@@ -14,10 +14,11 @@
 A row is a script and its flags; a run is a row and a seed. A finished run is one line of docs/runs/table1.jsonl: the
 arguments that are not the script's defaults, commit, device, summary.json, and the curves of its log, those of training
 thinned to 25 points, each the mean over a bin of steps. A run that has a line is not repeated; its whole log stays in
-runs/reproduce. table1-cpu.jsonl, the same in fp32 on two cores, is drawn alike. Tables go between <!-- table1 --> and
-<!-- end --> of README.md and docs/*.md, pictures into docs/pictures; with --results DIR lines and pictures are DIR's
-and tables are printed. Flags that are not known here go to every script behind its own: `--table 2 --batch 4 --results
-runs/mine`; with `--third-judge openai/whisper-base` the tables of speech have that ear's figures, too.
+runs/reproduce, and where it was stopped it goes on from there. table1-cpu.jsonl, the same in fp32 on two cores, is
+drawn alike. Tables go between <!-- table1 --> and <!-- end --> of README.md and docs/*.md, pictures into docs/pictures;
+with --results DIR lines and pictures are DIR's and tables are printed. Flags that are not known here go to every script
+behind its own: `--table 2 --batch 4 --results runs/mine`; with `--third-judge openai/whisper-base` the tables of speech
+have that ear's figures, too.
 """
 import argparse
 import importlib
@@ -36,7 +37,7 @@ from tools import plot
 # With 3e-3 GRPO did not learn, with 1e-3 DiffRO alone made `plain` worse (a pilot of one seed each)
 TABLE2 = "--batch 16 --micro 64 --steps 80 --eval-every 20 --eval-samples 4"
 FAST = f"{TABLE2} --lr 1e-3"
-FIGURE3 = "--steps 2500 --batch 8 --micro 64 --eval-every 100 --eval-samples 4"
+FIGURE3 = "--steps 2500 --batch 8 --micro 64 --eval-every 100 --eval-samples 2"
 BOTH = "--method grpo+diffro --group 8"
 D2 = "data/d2_long"          # longer than 20 s, as in the paper
 ALL = f"data/d0 data/d1 {D2} data/d3"
@@ -204,18 +205,29 @@ def plain(name):
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def was_stopped(folder, script, flags):
+    """Whether `folder` holds a run of `script` with these flags that was stopped before its end."""
+    if not (folder / "state.pt").exists() or (folder / "summary.json").exists():
+        return False
+    asked = vars(importlib.import_module(script.removesuffix(".py")).parse_args(flags))
+    return plot.read_log(folder)[0]["arguments"] == json.loads(json.dumps(asked))
+
+
 def run(args, small, name, seed):
-    """One run to its end; returns its folder and exit status."""
+    """One run to its end, from where it was stopped if it was; returns its folder and exit status."""
     script, flags = ROWS[args.what][name]
     folder = Path("runs/reproduce", f"{plain(f'{args.results} {args.what} {name}')}-seed{seed}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     flags = flags.format(supervised=f"runs/reproduce/{plain(f'{args.results} {args.what} supervised')}-seed{seed}")
-    command = [sys.executable, script, *flags.split(), "--seed", str(seed), "--out", str(folder),
-               *small.get(script, []), *args.flags]
+    flags = [*flags.split(), "--seed", str(seed), "--out", str(folder), *small.get(script, []), *args.flags]
+    if was_stopped(folder, script, flags):
+        flags = ["--resume", str(folder)]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs)), **os.environ}          # a set one stays
     with open(f"{folder}.txt", "w", encoding="utf-8") as output:
-        return folder, subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=threads).returncode
+        return folder, subprocess.run([sys.executable, script, *flags], stdout=output, stderr=subprocess.STDOUT,
+                                      env=threads).returncode
 
 
 def run_missing(args):
