@@ -206,11 +206,12 @@ def plain(name):
 
 
 def was_stopped(folder, script, flags):
-    """Whether `folder` holds a run of `script` with these flags that was stopped before its end."""
+    """Whether `folder` holds a run of `script` with these flags that was stopped before its end; it may have moved."""
     if not (folder / "state.pt").exists() or (folder / "summary.json").exists():
         return False
-    asked = vars(importlib.import_module(script.removesuffix(".py")).parse_args(flags))
-    return plot.read_log(folder)[0]["arguments"] == json.loads(json.dumps(asked))
+    given = plot.read_log(folder)[0]["arguments"]
+    asked = importlib.import_module(script.removesuffix(".py")).parse_args([*flags, "--out", given["out"]])
+    return json.loads(json.dumps(vars(asked))) == given
 
 
 def run(args, small, name, seed):
