@@ -168,20 +168,19 @@ def test_a_missing_run_is_run_and_gets_a_line_and_one_that_is_there_is_not(stub,
     assert len(stub.started) == 2 and len(path.read_text(encoding="utf-8").splitlines()) == 3
 
 
-def test_a_run_that_was_stopped_goes_on_and_one_of_other_flags_or_at_its_end_begins_anew(stub):
-    asked = ["--table", "2", "--rows", "DiffRO, R1", "--seeds", "2", "--results", "mine"]
-    folder = Path("runs/reproduce/mine-table2-diffro-r1-seed2")
-    for flags, ended, goes_on in (([], False, False), ([], False, True), (["--lr", "1"], False, False),
-                                  (["--lr", "1"], True, False)):
-        if folder.exists():
-            Path("mine/table2.jsonl").unlink()
-            (folder / "state.pt").touch()
-            (folder / "log.jsonl").write_text((folder / "log.jsonl").read_text().replace('"out": "runs', '"out": "old'))
-            if not ended:
-                (folder / "summary.json").unlink()
-        reproduce.main(asked + flags)
-        assert (stub.started[-1][1:] == ["diffro_tts.py", "--resume", str(folder)]) == goes_on
-        assert reproduce.read_lines(Path("mine/table2.jsonl"))[0]["arguments"].get("lr") == (1.0 if flags else None)
+def test_a_run_that_was_stopped_goes_on_and_one_at_its_end_begins_anew(stub):
+    """With the row's own flags beside --resume, so that the script refuses where the stopped run had others."""
+    asked = ["--table", "2", "--rows", "DiffRO, R1", "--seeds", "2", "--results", "mine", "--lr", "1"]
+    folder, lines = Path("runs/reproduce/mine-table2-diffro-r1-seed2"), Path("mine/table2.jsonl")
+    reproduce.main(asked)
+    for left, behind in (("state.pt", ["--resume", str(folder)]), ("state.pt summary.json", []), ("", [])):
+        lines.unlink()
+        (folder / "summary.json").unlink()
+        for name in left.split():
+            (folder / name).write_text(json.dumps(SUMMARY))
+        reproduce.main(asked)
+        assert stub.started[-1] == stub.started[0] + behind and len(reproduce.read_lines(lines)) == 1
+        assert (folder / "state.pt").exists() == bool(behind)
 
 
 def test_every_row_and_seed_has_a_folder_of_its_own(stub, monkeypatch):

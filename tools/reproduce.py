@@ -14,11 +14,11 @@
 A row is a script and its flags; a run is a row and a seed. A finished run is one line of docs/runs/table1.jsonl: the
 arguments that are not the script's defaults, commit, device, summary.json, and the curves of its log, those of training
 thinned to 25 points, each the mean over a bin of steps. A run that has a line is not repeated; its whole log stays in
-runs/reproduce, and where it was stopped it goes on from there. table1-cpu.jsonl, the same in fp32 on two cores, is
-drawn alike. Tables go between <!-- table1 --> and <!-- end --> of README.md and docs/*.md, pictures into docs/pictures;
-with --results DIR lines and pictures are DIR's and tables are printed. Flags that are not known here go to every script
-behind its own: `--table 2 --batch 4 --results runs/mine`; with `--third-judge openai/whisper-base` the tables of speech
-have that ear's figures, too.
+runs/reproduce, and where it was stopped it goes on from there (without its folder: anew). table1-cpu.jsonl, the same in
+fp32 on two cores, is drawn alike. Tables go between <!-- table1 --> and <!-- end --> of README.md and docs/*.md,
+pictures into docs/pictures; with --results DIR lines and pictures are DIR's and tables are printed. Flags that are not
+known here go to every script behind its own: `--table 2 --batch 4 --results runs/mine`; with `--third-judge
+openai/whisper-base` the tables of speech have that ear's figures, too.
 """
 import argparse
 import importlib
@@ -205,30 +205,21 @@ def plain(name):
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def was_stopped(folder, script, flags):
-    """Whether `folder` holds a run of `script` with these flags that was stopped before its end; it may have moved."""
-    if not (folder / "state.pt").exists() or (folder / "summary.json").exists():
-        return False
-    given = plot.read_log(folder)[0]["arguments"]
-    asked = importlib.import_module(script.removesuffix(".py")).parse_args([*flags, "--out", given["out"]])
-    return json.loads(json.dumps(vars(asked))) == given
-
-
 def run(args, small, name, seed):
     """One run to its end, from where it was stopped if it was; returns its folder and exit status."""
     script, flags = ROWS[args.what][name]
     folder = Path("runs/reproduce", f"{plain(f'{args.results} {args.what} {name}')}-seed{seed}")
     flags = flags.format(supervised=f"runs/reproduce/{plain(f'{args.results} {args.what} supervised')}-seed{seed}")
-    flags = [*flags.split(), "--seed", str(seed), "--out", str(folder), *small.get(script, []), *args.flags]
-    if was_stopped(folder, script, flags):
-        flags = ["--resume", str(folder)]
+    command = [sys.executable, script, *flags.split(), "--seed", str(seed), "--out", str(folder),
+               *small.get(script, []), *args.flags]
+    if (folder / "state.pt").exists() and not (folder / "summary.json").exists():
+        command += ["--resume", str(folder)]                 # refuses where the run that was stopped has other settings
     else:
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs)), **os.environ}          # a set one stays
     with open(f"{folder}.txt", "w", encoding="utf-8") as output:
-        return folder, subprocess.run([sys.executable, script, *flags], stdout=output, stderr=subprocess.STDOUT,
-                                      env=threads).returncode
+        return folder, subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=threads).returncode
 
 
 def run_missing(args):
