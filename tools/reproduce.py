@@ -37,7 +37,7 @@ from tools import plot
 # With 3e-3 GRPO did not learn, with 1e-3 DiffRO alone made `plain` worse (a pilot of one seed each)
 TABLE2 = "--batch 16 --micro 64 --steps 80 --eval-every 20 --eval-samples 4"
 FAST = f"{TABLE2} --lr 1e-3"
-FIGURE3 = "--steps 2500 --batch 8 --micro 64 --eval-every 100 --eval-samples 2"
+FIGURE3 = "--steps 2500 --batch 8 --micro 64 --eval-every 250 --eval-samples 2"
 BOTH = "--method grpo+diffro --group 8"
 D2 = "data/d2_long"          # longer than 20 s, as in the paper
 ALL = f"data/d0 data/d1 {D2} data/d3"
