@@ -199,7 +199,7 @@ def test_the_step_of_chapter_2_is_that_of_the_paper(few, tmp_path, monkeypatch, 
     agree(spy.gradients[0], run.weights, loss)
 
 
-@pytest.mark.parametrize("method, beta", [("diffro", 30.0), ("diffro", 0.0), ("grpo+diffro", 0.3)])
+@pytest.mark.parametrize("method, beta", [("diffro", 3.0), ("grpo+diffro", 0.3)])
 def test_the_step_of_chapter_3_is_that_of_the_paper(few, tmp_path, monkeypatch, heard_well, method, beta):
     """The Gumbel noise is drawn behind the rollout's, micro-batch by micro-batch; DiffRO learns where A > 0 alone."""
     grpo = method != "diffro"
