@@ -161,7 +161,7 @@ def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=N
         logp[alive, t] = scores.gather(1, token[:, None])[:, 0]
         entropy[alive, t] = -(scores.exp() * scores).sum(dim=-1)
         going &= ~torch.isin(token, eos)
-        left = 1 if graph and t % 8 else int(going.sum())       # asking a GPU would wait for it at every token
+        left = int(going.sum())
         if left == 0 or t == max_tokens - 1:
             break
         if graph:
@@ -177,9 +177,8 @@ def sample(policy, prompts, group, max_tokens, eos, temperature=1.0, generator=N
     if graph and graphed not in policy.captured.values():
         del graphed, logits
         torch.cuda.empty_cache()
-    mask = completion_mask(ids, eos)
-    ids, mask, logp, entropy = (x[:, :mask.sum(dim=1).max()] for x in (ids, mask, logp, entropy))
-    return Rollout(ids, mask, logp, entropy, ~torch.isin(ids, eos).any(dim=1))
+    ids, logp, entropy = ids[:, :t + 1], logp[:, :t + 1], entropy[:, :t + 1]
+    return Rollout(ids, completion_mask(ids, eos), logp, entropy, ~torch.isin(ids, eos).any(dim=1))
 
 
 def generator_for(seed, step, device, kind=torch.Generator):
