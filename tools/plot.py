@@ -16,13 +16,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 PANELS = {  # key of a log line: (title, unit); eval_ is of the test set, now and then
-    "eval_wer": ("held-out WER", "%"), "eval_token2text_wer": ("the same, by the reward model", "%"),
+    "eval_wer": ("held-out WER", "%"), "eval_third_wer": ("the same, by the third judge", "%"),
+    "eval_token2text_wer": ("the same, by the reward model", "%"),
     "eval_similarity": ("held-out similarity", ""), "reward": ("reward", ""), "wer": ("WER of the samples", "%"),
     "kl": ("KL to the reference", "nats a token"), "entropy": ("entropy", "nats a token"),
     "no_signal": ("groups without signal", "%"), "length_ratio": ("length ratio", ""),
     "grad_norm": ("gradient norm", ""),
 }
-FROM_ZERO = ("eval_wer", "eval_token2text_wer", "kl", "grad_norm", "entropy", "no_signal")
+FROM_ZERO = ("eval_wer", "eval_third_wer", "eval_token2text_wer", "kl", "grad_norm", "entropy", "no_signal")
 POINTS = 25                                               # of a training curve, at most
 SAME_RUN = ("seed", "out", "resume", "device", "micro")   # arguments that make no other curve
 
