@@ -212,6 +212,8 @@ def test_a_line_that_was_cut_off_is_named_run_again_and_harms_no_other(stub, cap
     assert [line["seed"] for line in reproduce.read_lines(path)] == [1]
     reproduce.append_line(path, json.loads(cut))
     assert path.read_text(encoding="utf-8") == f"{whole}\n{cut}\n"
+    path.write_text(cut[:len(cut) // 2])                    # and no other line is there: no table, no error
+    assert tables_of(path.parent) == {}
 
 
 def test_a_flag_that_comes_or_goes_changes_no_line_and_repeats_no_run(stub, monkeypatch):

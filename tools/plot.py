@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-PANELS = {  # key of a log line: (title, unit); eval_ is of the test set, now and then
+PANELS = {  # key of a log line: (title, unit); eval_ is of --dev, now and then
     "eval_wer": ("held-out WER", "%"), "eval_third_wer": ("the same, by the third judge", "%"),
     "eval_token2text_wer": ("the same, by the reward model", "%"),
     "eval_similarity": ("held-out similarity", ""), "reward": ("reward", ""), "wer": ("WER of the samples", "%"),

@@ -327,8 +327,8 @@ def phase_table(rows):
 
 def make_tables(runs, phases):
     """{its mark: Markdown} of every table for which there are lines."""
-    tables = {what: markdown(rows_of(rows), PAPER[what] if what in ("table1", "table2") else None)
-              for what, rows in runs.items() if what.startswith(("table", "figure3"))}
+    tables = {what: markdown(rows_of(rows), PAPER.get(what) if "table" in what else None)
+              for what, rows in runs.items() if rows}
     return tables | ({"figure2": phase_table(phases)} if phases else {})
 
 
