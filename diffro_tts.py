@@ -178,7 +178,8 @@ def train(args):
                     gather, (reward, parts, judged, [replace(s, wave=None) for s in speech]))
         # 7 log one row; now and then evaluate and save
         row = {"reading": float(reading.mean()), "kl": float(kl.mean()), "kept": float(keep.float().mean()),
-               **rollout_figures(rollout, run.phase), **length_figures(codes, codec), "grad_norm": norm,
+               **(rollout_figures(rollout, run.phase) if args.teach == "rollout" else {}),
+               **length_figures(codes, codec), "grad_norm": norm,
                **{f"grad_norm_{name}": float(torch.nn.utils.get_total_norm(grads)) for name, grads in pulls.items()}}
         if grpo:
             row |= {**group_figures(reward), **speech_figures(speech, parts, judged, args.language)}
